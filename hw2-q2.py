@@ -74,36 +74,31 @@ class CNN(nn.Module):
 
 
 class StrongCNN(nn.Module):
-    """About as many parameters (227,236), spent on depth: seven batch-normalised convolutions, then a mean.
+    """About as many parameters (218,100), spent on depth: five batch-normalised convolutions, then a mean.
 
-    Three stages halve the resolution, by max-pooling or (`no_maxpool`) by striding the stage's last convolution.
+    Three of them halve the resolution, by max-pooling or (`no_maxpool`) by their stride. The mean over positions
+    makes the network care less where in the scan a lesion lies.
     """
 
     def __init__(self, dropout_prob: float, no_maxpool: bool = False):
         super().__init__()
         layers, channels = [], 1
-        for width, downsample in (
-            (16, False),
-            (16, True),
-            (32, False),
-            (48, True),
-            (64, False),
-            (96, True),
-            (160, False),
-        ):
-            stride = 2 if downsample and no_maxpool else 1
+        for width, halve in ((16, True), (32, True), (64, False), (96, True), (160, False)):
+            stride = 2 if halve and no_maxpool else 1
             # Batch norm has a bias of its own, so the convolution needs none.
-            layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            if downsample and not no_maxpool:
+            layers.append(nn.Conv2d(channels, width, 3, stride, padding=1, bias=False))
+            if halve and not no_maxpool:
                 layers.append(nn.MaxPool2d(2))
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
         self.features = nn.Sequential(*layers)
         self.drop = nn.Dropout(dropout_prob)
         self.classifier = nn.Linear(channels, len(OCT_CLASSES))
+        self.to(memory_format=torch.channels_last)  # a third faster on a CPU at this size
 
     def forward(self, images: Tensor) -> Tensor:
         """Images float [B, 1, 28, 28] in [0, 1] to log-probabilities [B, 4]."""
-        x = self.features(images)  # [B, 160, 3, 3]
+        x = self.features(images)  # [B, 160, 3, 3], or [B, 160, 4, 4] with strides
         x = self.drop(x.mean(dim=(2, 3)))  # [B, 160]
         return F.log_softmax(self.classifier(x), dim=1)  # [B, 4]
 
@@ -633,9 +628,9 @@ def plot_confusion(record: dict, path: Path) -> None:
     utils.save_figure(figure, path)
 
 
-def draw_run(record: dict, folder: Path) -> None:
-    plot(record, folder / "curves")
-    plot_confusion(record, folder / "confusion")
+def draw_run(record: dict, folder: Path, prefix: str = "") -> None:
+    plot(record, folder / f"{prefix}curves")
+    plot_confusion(record, folder / f"{prefix}confusion")
 
 
 def draw_grid(grid_path: Path, path: Path) -> None:
@@ -677,7 +672,7 @@ def draw(record_path: Path, folder: Path) -> None:
         if "settings" in record:
             draw_grid(record_path, folder / f"{record_path.parent.name}-grid")
         else:
-            draw_run(record, folder / record_path.parent.name)
+            draw_run(record, folder, prefix=f"{record_path.parent.name}-")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{record_path}: not a record of hw2-q2.py ({type(error).__name__}: {error})") from None
 

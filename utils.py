@@ -60,7 +60,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if available[0] else "mps" if available[1] else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a round trip: naming a device does not prove that it works
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"-device {name}: {reason} (use auto, cpu, cuda, cuda:N or mps)") from None

@@ -1,0 +1,157 @@
+"""Training: the course's optimisation to the bit, and the parts of the strong recipe."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, TensorDataset
+
+import utils
+
+
+def homework_state(q2, **changes):
+    config = q2.Config("homework", no_maxpool=False, seed=7, **q2.RECIPES["homework"])
+    return q2.TrainingState(dataclasses.replace(config, **changes), torch.device("cpu"), dataset={})
+
+
+def tensors(arrays):
+    return torch.from_numpy(arrays["train_images"]), torch.from_numpy(
+        arrays["train_labels"].reshape(-1).astype("int64")
+    )
+
+
+def course_loop(q2, images, labels, epochs, no_maxpool=False, l2_decay=0.0):
+    """The course's skeleton: float data set, DataLoader, torch.optim.SGD. Returns parameters, losses, batch sizes."""
+    utils.set_seed(7)
+    model = q2.CNN(0.7, no_maxpool)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=l2_decay)
+    loader = DataLoader(TensorDataset((images.float() / 256).unsqueeze(1), labels), batch_size=8, shuffle=True)
+    epoch_losses = []
+    for _ in range(epochs):
+        losses, sizes = [], []
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = torch.nn.functional.nll_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            sizes.append(len(y))
+        epoch_losses.append(np.average(losses, weights=sizes))
+    return parameters_to_vector(model.parameters()), epoch_losses, sizes
+
+
+@pytest.mark.parametrize(("no_maxpool", "l2_decay"), [(False, 0.0), (True, 0.01)])
+def test_bit_identical_to_the_course_loop(q2, small_arrays, monkeypatch, no_maxpool, l2_decay):
+    monkeypatch.setattr(q2, "CHUNK", 5)  # several chunks an epoch, the last one ragged
+    images, labels = tensors(small_arrays)  # 203 scans: the last batch has 3
+    expected, expected_losses, sizes = course_loop(q2, images, labels, 2, no_maxpool, l2_decay)
+    assert sizes[-1] == 3
+    state = homework_state(q2, no_maxpool=no_maxpool, l2_decay=l2_decay)
+    losses = []
+    for _ in range(2):
+        losses.append(q2.train_epoch(state, images, labels))
+        state.history.append({})
+    assert torch.equal(parameters_to_vector(state.model.parameters()), expected)
+    # The epoch's loss weighs each example alike: the ragged batch counts less than a whole one.
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+
+
+def test_a_deviation_of_one_random_draw_is_seen(q2, small_arrays):
+    """The comparison above can fail: one draw more, and the parameters differ."""
+    images, labels = tensors(small_arrays)
+    expected, _, _ = course_loop(q2, images, labels, 1)
+    state = homework_state(q2)
+    torch.rand(1)
+    q2.train_epoch(state, images, labels)
+    assert not torch.equal(parameters_to_vector(state.model.parameters()), expected)
+
+
+def test_balanced_order_draws_every_class_alike(q2):
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 8000 + [1] * 1000 + [2] * 500 + [3] * 500)
+    shares = labels[q2.balanced_order(labels)].bincount() / len(labels)
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.02, rtol=0)
+
+
+def test_shift_and_flip_against_numpy(q2):
+    torch.manual_seed(0)
+    images = torch.rand(400, 1, 28, 28)
+    moved = q2.shift_and_flip(images, max_shift=1).numpy()[:, 0]
+    seen = set()
+    for image, result in zip(images.numpy()[:, 0], moved, strict=True):
+        padded = np.pad(image, 1, mode="edge")
+        candidates = {
+            (row, column, flip): padded[1 + row : 29 + row, 1 + column : 29 + column][:, :: -1 if flip else 1]
+            for row in (-1, 0, 1)
+            for column in (-1, 0, 1)
+            for flip in (False, True)
+        }
+        found = [key for key, candidate in candidates.items() if np.array_equal(candidate, result)]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) == 18  # every shift, flipped and not
+
+
+def test_cosine_learning_rate(q2):
+    rates = [q2.cosine_learning_rate(0.1, step, 200) for step in range(200)]
+    assert max(rates) == pytest.approx(0.1)
+    assert rates[:10] == sorted(rates[:10]) and rates[0] == pytest.approx(0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 1e-4
+
+
+def test_strong_recipe_learns_and_keeps_an_average_of_the_weights(q2, small_arrays):
+    config = q2.Config("strong", no_maxpool=False, seed=0, **q2.RECIPES["strong"])
+    state = q2.TrainingState(dataclasses.replace(config, epochs=8), torch.device("cpu"), dataset={})
+    losses = []
+    for _ in range(8):
+        losses.append(q2.train_epoch(state, *tensors(small_arrays)))
+        state.history.append({})
+    assert losses[-1] < losses[0] - 0.1
+    average, latest = (torch.cat([p.flatten() for p in m.parameters()]) for m in (state.averaged, state.model))
+    assert 0 < (average - latest).norm() < latest.norm()
+
+
+def small_data(arrays, name="small"):
+    return utils.OctData(name, "phantom", utils.check_oct_arrays(arrays, name))
+
+
+def test_the_best_epoch_is_kept_and_the_test_split_is_touched_once(q2, small_arrays, tmp_path, monkeypatch):
+    data = small_data(small_arrays)
+    looked_at = []
+
+    def spy(model, images, batch_size=1024, real=q2.predict):
+        looked_at.append(images.numpy().tobytes())
+        return real(model, images, batch_size)
+
+    monkeypatch.setattr(q2, "predict", spy)
+    config = q2.Config("homework", no_maxpool=False, seed=1, **q2.RECIPES["homework"] | {"epochs": 6})
+    config = dataclasses.replace(config, learning_rate=0.1)
+    record = q2.train(config, data, tmp_path / "run", torch.device("cpu"), resume=False, verbose=False)
+
+    test_bytes = data.splits["test"][0].tobytes()
+    assert looked_at.count(test_bytes) == 1 and looked_at[-1] == test_bytes
+    accuracies = [epoch["val_accuracy"] for epoch in record["history"]]
+    best = record["history"][record["best_epoch"] - 1]
+    assert best["val_accuracy"] == max(accuracies) == record["val"]["accuracy"]
+    assert best["val_loss"] == min(e["val_loss"] for e in record["history"] if e["val_accuracy"] == max(accuracies))
+    # best.pt holds those very weights; last.pt is of the last epoch.
+    content = q2.load_checkpoint(tmp_path / "run" / "best.pt")
+    model = q2.CNN(0.7)
+    model.load_state_dict(content["model"])
+    val_images, val_labels = map(torch.from_numpy, data.splits["val"])
+    assert q2.evaluate(model, val_images, val_labels) == record["val"]
+    assert len(content["history"]) == record["best_epoch"]
+    assert len(q2.load_checkpoint(tmp_path / "run" / "last.pt")["history"]) == 6
+
+
+def test_octmnist_is_also_tested_on_the_courses_subset(q2, small_arrays, tmp_path):
+    labels = np.repeat(np.arange(4), 250).astype(np.uint8)[:, None]
+    images = np.tile(small_arrays["test_images"], (25, 1, 1))
+    arrays = small_arrays | {"test_images": images, "test_labels": labels}
+    config = q2.Config("homework", no_maxpool=False, seed=1, **q2.RECIPES["homework"] | {"epochs": 1})
+    for name, expected in (("OCTMNIST", 529), ("other", None)):
+        record = q2.train(config, small_data(arrays, name), tmp_path / name, torch.device("cpu"), False, False)
+        assert record["test"]["num_examples"] == 1000
+        assert record.get("test_course_subset", {}).get("num_examples") == expected
