@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q2 q2-grid test lint bench clean
+.PHONY: help q2 q2-grid q2-records test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -21,6 +21,25 @@ q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms whe
 
 q2-grid: $(READY)  ## question 2, whole: three learning rates, the choice, no max-pool, three seeds
 	$(BIN)/python hw2-q2.py -grid -seeds 42 43 44 -jobs 2 $(ARGS)
+
+# Recorded runs: results/ holds their records. They resume, so that an interrupted `make` loses one epoch at most.
+# The real scans are not part of the repository: REAL names an .npz of OCTMNIST's layout.
+REAL ?= ../shared/data/oct/kermany_subset.npz
+Q2 := $(BIN)/python hw2-q2.py
+GRID := $(Q2) -grid -seeds 42 43 44 -jobs 2 -resume
+SEEDS := seed42 seed43 seed44
+
+q2-records: $(READY)  ## question 2: make every record that the README quotes (REAL=scans.npz)
+	$(GRID) -data $(REAL) -out results/q2/real-subset-homework
+	$(GRID) -data $(REAL) -epochs 100 -out results/q2/real-subset-homework-100-epochs
+	$(GRID) -data $(REAL) -epochs 100 -recipe strong -out results/q2/real-subset-strong-100-epochs
+	$(GRID) -data phantom -out results/q2/phantom-homework
+	$(GRID) -data phantom -recipe strong -out results/q2/phantom-strong
+	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-homework.json \
+	    -checkpoint $(SEEDS:%=results/q2/phantom-homework/maxpool-lr0.01-%/best.pt)
+	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-strong.json \
+	    -checkpoint $(SEEDS:%=results/q2/phantom-strong/maxpool-lr0.003-%/best.pt)
+	$(BIN)/python benchmarks/bench_q2.py -out results/q2/bench.json
 
 lint: $(READY)  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -25,9 +25,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -393,35 +394,33 @@ def split_by_patient(scans: list[tuple[Path, int]], fraction: float) -> tuple[li
 # Plotting
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: colour-blind safe
-FIGURE_STYLE = {
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.color": "#e4e4e4",
-    "font.size": 10,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 160,
-    "svg.hashsalt": "hw2",  # the same drawing gives the same bytes
-}
+matplotlib.rcParams.update(
+    {
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "grid.color": "#e4e4e4",
+        "font.size": 10,
+        "legend.frameon": False,
+        "savefig.dpi": 160,
+        "svg.hashsalt": "hw2",  # the same drawing gives the same bytes
+    }
+)
 
 
-def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.0, 3.6)) -> tuple[Figure, np.ndarray]:
-    """A figure in the house style with `rows` x `columns` axes (an array, row by row) of `size` inches each."""
-    with plt.rc_context(FIGURE_STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
-    return figure, axes.ravel()
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.0, 3.6)) -> tuple[Figure, list[Axes]]:
+    """A figure with `rows` x `columns` axes, row by row, of `size` inches each."""
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Save as PNG and SVG (`path` without suffix), each whole or not at all, and close the figure."""
+    """Save as PNG and SVG (`path` without suffix), each whole or not at all."""
     # Without dates and versions the same drawing gives the same bytes.
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        with plt.rc_context(FIGURE_STYLE):
-            save = partial(figure.savefig, metadata=metadata)
-            write_whole(path.with_name(path.name + suffix), save)
-    plt.close(figure)
+        write_whole(path.with_name(path.name + suffix), partial(figure.savefig, metadata=metadata))

@@ -342,6 +342,11 @@ def test_bad_files_get_one_line_and_touch_nothing(call_main, trained, small_npz,
     assert tree(tmp_path) == before
 
 
+def test_a_training_that_diverges_says_so(call_main, small_npz):
+    status, _, err = call_main("-data", small_npz, *QUICK, "-learning_rate", 1e9)
+    assert status == 2 and "training diverged" in err and "lower -learning_rate" in err and err.count("\n") == 1
+
+
 def test_the_real_script_prints_no_traceback(run_script, tmp_path):
     (tmp_path / "bad.npz").write_text("nothing")
     done = run_script("-data", "bad.npz")
