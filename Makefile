@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q2 q2-grid q2-records test lint bench clean
+.PHONY: help q2 q2-grid q2-records readme test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -30,16 +30,21 @@ GRID := $(Q2) -grid -seeds 42 43 44 -jobs 2 -resume
 SEEDS := seed42 seed43 seed44
 
 q2-records: $(READY)  ## question 2: make every record that the README quotes (REAL=scans.npz)
+	$(GRID) -data phantom -out results/q2/phantom-homework
 	$(GRID) -data $(REAL) -out results/q2/real-subset-homework
 	$(GRID) -data $(REAL) -epochs 100 -out results/q2/real-subset-homework-100-epochs
 	$(GRID) -data $(REAL) -epochs 100 -recipe strong -out results/q2/real-subset-strong-100-epochs
-	$(GRID) -data phantom -out results/q2/phantom-homework
 	$(GRID) -data phantom -recipe strong -out results/q2/phantom-strong
+	rm -f results/q2/phantom-to-real-*.json
 	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-homework.json \
 	    -checkpoint $(SEEDS:%=results/q2/phantom-homework/maxpool-lr0.01-%/best.pt)
 	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-strong.json \
 	    -checkpoint $(SEEDS:%=results/q2/phantom-strong/maxpool-lr0.003-%/best.pt)
 	$(BIN)/python benchmarks/bench_q2.py -out results/q2/bench.json
+
+readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
+	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
+	$(BIN)/python report/readme.py
 
 lint: $(READY)  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@
     python hw2-q2.py -resume                            go on with a run that was stopped
     python hw2-q2.py -predict a.jpeg b.png -checkpoint runs/.../best.pt
     python hw2-q2.py -evaluate -data scans.npz -checkpoint runs/.../best.pt
+    python hw2-q2.py -draw runs/.../record.json -out figures
 
 A run leaves in its folder: record.json (every number), curves and confusion matrix (PNG, SVG), best.pt (the
 weights of the best epoch on the validation split) and last.pt (all that is needed to go on after a stop).
@@ -37,6 +38,11 @@ from utils import InputError, OctData
 SHORT_NAMES = ("CNV", "DME", "drusen", "normal")
 # The course tests on a test split re-weighted to the training proportions: of each class the first so many.
 COURSE_TEST_COUNTS = (182, 55, 42, 250)
+
+
+class Diverged(InputError):
+    """The learning rate was too high for these data."""
+
 
 # ---------------------------------------------------------------------------------------------------
 # The networks
@@ -103,6 +109,10 @@ class StrongCNN(nn.Module):
         return F.log_softmax(self.classifier(x), dim=1)  # [B, 4]
 
 
+def build_network(recipe: str, dropout: float, no_maxpool: bool) -> nn.Module:
+    return {"homework": CNN, "strong": StrongCNN}[recipe](dropout, no_maxpool)
+
+
 def get_number_trainable_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -140,7 +150,7 @@ RECIPES = {
         "optimizer": "adamw",
         "learning_rate": 0.003,
         "batch_size": 64,
-        "epochs": 15,
+        "epochs": 10,
         "dropout": 0.3,
         "l2_decay": 0.05,
     },
@@ -148,7 +158,6 @@ RECIPES = {
 GRID_RATES = {"homework": (0.1, 0.01, 0.001), "strong": (0.01, 0.003, 0.001)}
 # The metric on the validation split that chooses the best epoch, and the grid's learning rate.
 CHOOSE_BY = {"homework": "accuracy", "strong": "balanced_accuracy"}
-NETWORKS = {"homework": CNN, "strong": StrongCNN}
 
 
 class PlainSGD:
@@ -289,10 +298,10 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict:
 
     `macro_auc` is the unweighted mean of the four one-against-rest areas under the ROC curve, as in MedMNIST's
     evaluator; None where a class is missing from the labels. Balanced accuracy is the mean recall of the classes
-    that occur. `confusion` has a row a true class and a column a predicted one. Raises InputError for NaN.
+    that occur. `confusion` has a row a true class and a column a predicted one. Raises Diverged for NaN.
     """
     if not np.isfinite(probabilities).all():
-        raise InputError("training diverged, the network's outputs are no numbers any more: lower -learning_rate")
+        raise Diverged("training diverged, the network's outputs are no numbers any more: lower -learning_rate")
     classes = range(len(OCT_CLASSES))
     predicted = probabilities.argmax(axis=1)
     precision, recall, _, support = precision_recall_fscore_support(
@@ -335,7 +344,7 @@ class TrainingState:
     def __post_init__(self):
         config = self.config
         utils.set_seed(config.seed)
-        self.model = NETWORKS[config.recipe](config.dropout, config.no_maxpool).to(self.device)
+        self.model = build_network(config.recipe, config.dropout, config.no_maxpool).to(self.device)
         self.optimizer = OPTIMIZERS[config.optimizer](
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.l2_decay
         )
@@ -357,6 +366,8 @@ class TrainingState:
             "history": self.history,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
+            # What predictions are made with: the average of the strong recipe, else the model itself.
+            "network": getattr(self.averaged, "module", self.averaged).state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": utils.random_state(self.device),
@@ -364,14 +375,8 @@ class TrainingState:
         utils.write_whole(path, lambda temporary: torch.save(content, temporary))
 
     def load(self, path: Path) -> None:
-        """Go back to the state saved in `path`. Raises InputError if it is of another run or cannot be read."""
+        """Go back to the state saved in `path`. Raises InputError if it cannot be read."""
         content = load_checkpoint(path, self.device)
-        mine = {"config": dataclasses.asdict(self.config), "dataset": self.dataset}
-        for part, values in mine.items():
-            other = content[part]
-            differing = [f"{k} {other.get(k)} (here {values[k]})" for k in values if other.get(k) != values[k]]
-            if differing:
-                raise InputError(f"{path}: cannot resume a run with another {part}: {', '.join(differing)}")
         self.history, self.seconds = content["history"], content["seconds"]
         self.model.load_state_dict(content["model"])
         self.averaged.load_state_dict(content["averaged"])
@@ -387,44 +392,39 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load documents no exceptions; zip, pickle and OS errors occur
-        reason = str(error).split("\n")[0][:80]
+        reason = " ".join(str(error).split())[:80]
         raise InputError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {reason})") from None
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(content, dict) or set(content.get("config", ())) != fields:
-        raise InputError(f"{path}: not a checkpoint of hw2-q2.py (it holds no configuration of a network)")
+    parts = {"config", "dataset", "history", "seconds", "model", "network", "averaged", "optimizer", "random"}
+    if not isinstance(content, dict) or set(content) != parts:
+        raise InputError(f"{path}: not a checkpoint of hw2-q2.py")
     return content
 
 
 def train(config: Config, data: OctData, folder: Path, device: torch.device, resume: bool, verbose: bool) -> dict:
     """Train, test once, and leave record, figures and checkpoints in `folder`. Returns the record."""
-    state = TrainingState(config, device, data.describe())
+    state = TrainingState(config, device, data.description)
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
     last, best = folder / "last.pt", folder / "best.pt"
     if resume and last.exists():
         state.load(last)
     steps_an_epoch = math.ceil(len(splits["train"][1]) / config.batch_size)
-    progress = tqdm(
-        total=steps_an_epoch * config.epochs,
-        initial=steps_an_epoch * len(state.history),
-        unit="step",
-        disable=None if verbose else True,  # None: only where the output is a terminal
-        leave=False,
-    )
-    while len(state.history) < config.epochs:
-        started = time.perf_counter()
-        train_loss = train_epoch(state, *splits["train"], progress)
-        metrics = evaluate(state.averaged, *splits["val"])
-        state.seconds += time.perf_counter() - started
-        state.history.append(
-            {"epoch": len(state.history) + 1, "train_loss": train_loss}
-            | {f"val_{name}": metrics[name] for name in ("loss", "accuracy", "balanced_accuracy", "macro_auc")}
-        )
-        if verbose:
-            print_epoch(state.history[-1])
-        if state.best is state.history[-1]:
-            state.save(best)
-        state.save(last)  # after best.pt: a stop between the two repeats this epoch and writes the same again
-    progress.close()
+    total, done = steps_an_epoch * config.epochs, steps_an_epoch * len(state.history)
+    quiet = None if verbose else True  # None: quiet unless the output is a terminal
+    with tqdm(total=total, initial=done, unit="step", disable=quiet, leave=False) as progress:
+        while len(state.history) < config.epochs:
+            started = time.perf_counter()
+            train_loss = train_epoch(state, *splits["train"], progress)
+            metrics = evaluate(state.averaged, *splits["val"])
+            state.seconds += time.perf_counter() - started
+            state.history.append(
+                {"epoch": len(state.history) + 1, "train_loss": train_loss}
+                | {f"val_{name}": metrics[name] for name in ("loss", "accuracy", "balanced_accuracy", "macro_auc")}
+            )
+            if verbose:
+                print_epoch(state.history[-1])
+            if state.best is state.history[-1]:
+                state.save(best)
+            state.save(last)  # after best.pt: a stop between the two repeats this epoch and writes the same again
 
     state.averaged.load_state_dict(load_checkpoint(best, device)["averaged"])
     record = make_record(state, data, splits)
@@ -471,121 +471,151 @@ def print_epoch(epoch: dict) -> None:
 # The whole question: a grid of runs
 
 
+# A finished run of a grid: its settings and its record, which is None if the training diverged.
+GridRun = tuple["Config", dict | None]
+
+
 def run_grid(args: argparse.Namespace, data: OctData, folder: Path, device: torch.device) -> dict:
     """Train every learning rate with every seed, choose the rate, train `no_maxpool` with it. Returns the record.
 
     The rate is chosen by the mean over the seeds of the best validation metric; no test score plays a part.
     """
     started = time.perf_counter()
-    base = make_config(args, seed=0)
-    done: list[tuple[Config, dict]] = []
+    base, rates = make_config(args, seed=0), GRID_RATES[args.recipe or "homework"]
+    begun_before = any(folder.glob("*/settings.json"))
+    done: list[GridRun] = []
+    with tqdm(total=(len(rates) + 1) * len(args.seeds), unit="run", disable=None) as progress:
 
-    def with_pooling() -> Iterator[Config]:
-        for rate in GRID_RATES[base.recipe]:
-            for seed in args.seeds:
-                yield dataclasses.replace(base, no_maxpool=False, learning_rate=rate, seed=seed)
+        def train_all(configs: Iterator[Config]) -> None:
+            pool = joblib.Parallel(
+                n_jobs=args.jobs,
+                return_as="generator_unordered",  # each run as soon as it is done
+                pre_dispatch="n_jobs",  # ask for the next run only when a process is free
+                batch_size=1,
+                mmap_mode="c",  # the processes share the scans, copied only if they were written to
+            )
+            for run in pool(joblib.delayed(train_in_grid)(config, data, folder, device, args) for config in configs):
+                done.append(run)
+                tqdm.write(f"{run_name(run[0]):28s} {outcome(run)}", file=sys.stdout)
+                progress.update()
 
-    def without_pooling(rate: float) -> list[Config]:
-        return [dataclasses.replace(base, no_maxpool=True, learning_rate=rate, seed=seed) for seed in args.seeds]
-
-    def all_runs() -> Iterator[Config]:
-        yield from with_pooling()
-        # A free process does not wait for the last rates to end: it goes on with the rate that leads by now.
-        for i in range(len(args.seeds)):
-            yield without_pooling(best_rate(done))[i]
-
-    def run(configs: Iterator[Config]) -> None:
-        tasks = (joblib.delayed(train_in_grid)(c, data, folder, device, args) for c in configs)
-        pool = joblib.Parallel(
-            n_jobs=args.jobs,
-            return_as="generator_unordered",  # each run as soon as it is done
-            pre_dispatch="n_jobs",  # ask for the next run only when a process is free
-            batch_size=1,
-            mmap_mode="c",  # the processes share the scans, copied only if they were written to
-        )
-        for config, record in pool(tasks):
-            done.append((config, record))
-            best = record["val"][CHOOSE_BY[config.recipe]]
-            print(f"{run_name(config):28s} best validation {CHOOSE_BY[config.recipe]} {best:.4f}", flush=True)
-            progress.update()
-
-    num_runs = (len(GRID_RATES[base.recipe]) + 1) * len(args.seeds)
-    with tqdm(total=num_runs, unit="run", disable=None) as progress:
-        run(all_runs())
+        train_all(schedule(base, rates, args.seeds, done))
         chosen = best_rate(done)
         finished = [config for config, _ in done]
-        run(c for c in without_pooling(chosen) if c not in finished)  # none, unless the lead changed at the end
-    record = summarise_grid(done, chosen, args.seeds) | {
-        "dataset": data.describe(),
-        "seconds": round(time.perf_counter() - started, 1),
+        # None is missing, unless the lead changed with the last rates.
+        train_all(c for c in without_pooling(base, chosen, args.seeds) if c not in finished)
+
+    record = summarise_grid(done, rates, chosen, args.seeds) | {
+        "dataset": data.description,
+        "seconds": round(sum(run["seconds"] for _, run in done if run), 1),
+        "wall_seconds": None if begun_before else round(time.perf_counter() - started, 1),
         "jobs": args.jobs,
         "device": str(device),
         "threads": args.threads,
+        **utils.run_environment(),
     }
-    record |= utils.run_environment()
     utils.write_json(folder / "grid.json", record)
     draw_grid(folder / "grid.json", folder / "grid")
     return record
 
 
+def schedule(base: Config, rates: tuple[float, ...], seeds: list[int], done: list[GridRun]) -> Iterator[Config]:
+    """The runs of a grid, in order. The last ones depend on `done`, which the caller extends meanwhile.
+
+    A process that becomes free does not wait for the last rates to end: it goes on with the rate that leads by now.
+    """
+    for rate in rates:
+        for seed in seeds:
+            yield dataclasses.replace(base, no_maxpool=False, learning_rate=rate, seed=seed)
+    for i in range(len(seeds)):
+        if done:  # else there is no lead yet (more processes than runs)
+            yield without_pooling(base, best_rate(done), seeds)[i]
+
+
+def without_pooling(base: Config, rate: float, seeds: list[int]) -> list[Config]:
+    return [dataclasses.replace(base, no_maxpool=True, learning_rate=rate, seed=seed) for seed in seeds]
+
+
 def train_in_grid(
     config: Config, data: OctData, folder: Path, device: torch.device, args: argparse.Namespace
-) -> tuple[Config, dict]:
+) -> GridRun:
     """One run of a grid, in a process of its own; with -resume, a finished run is read instead of repeated."""
     torch.set_num_threads(args.threads)
+    utils.git_state()
     folder = folder / run_name(config)
-    record = finished_record(folder, config, data.describe()) if args.resume else None
-    return config, record or train(config, data, folder, device, args.resume, verbose=False)
+    claim_folder(folder, settings_of(config, data), args.resume)
+    try:
+        record = finished_record(folder) or train(config, data, folder, device, args.resume, verbose=False)
+    except Diverged:
+        record = None
+    return config, record
 
 
-def best_rate(done: list[tuple[Config, dict]]) -> float:
+def outcome(run: GridRun) -> str:
+    config, record = run
+    metric = CHOOSE_BY[config.recipe]
+    return f"best validation {metric} {record['val'][metric]:.4f}" if record else "diverged"
+
+
+def best_rate(done: list[GridRun]) -> float:
     """The learning rate with the highest mean of the best validation metrics, among the runs with pooling."""
     scores: dict[float, list[float]] = {}
     for config, record in done:
         if not config.no_maxpool:
-            scores.setdefault(config.learning_rate, []).append(record["val"][CHOOSE_BY[config.recipe]])
+            score = record["val"][CHOOSE_BY[config.recipe]] if record else -math.inf
+            scores.setdefault(config.learning_rate, []).append(score)
     return max(scores, key=lambda rate: float(np.mean(scores[rate])))
 
 
-def summarise_grid(done: list[tuple[Config, dict]], chosen: float, seeds: list[int]) -> dict:
+def summarise_grid(done: list[GridRun], rates: tuple[float, ...], chosen: float, seeds: list[int]) -> dict:
     """The grid's part of its record: a setting a row, each metric as mean and deviation over the seeds."""
-    recipe = done[0][0].recipe
+    config = dataclasses.asdict(done[0][0])
+    recipe = config["recipe"]
     settings = []
-    for no_maxpool, rate in [(False, rate) for rate in GRID_RATES[recipe]] + [(True, chosen)]:
-        runs = [(c, r) for c, r in done if c.no_maxpool == no_maxpool and c.learning_rate == rate]
+    for no_maxpool, rate in [(False, rate) for rate in rates] + [(True, chosen)]:
+        runs = [run for run in done if (run[0].no_maxpool, run[0].learning_rate) == (no_maxpool, rate)]
         runs.sort(key=lambda run: seeds.index(run[0].seed))
+        records = [record for _, record in runs if record]
         row = {
             "network": "no_maxpool" if no_maxpool else "maxpool",
             "learning_rate": rate,
-            "runs": [f"{run_name(config)}/record.json" for config, _ in runs],
+            "runs": [f"{run_name(config)}/record.json" for config, record in runs if record],
+            "diverged": len(runs) - len(records),
         }
         for split in ("val", "test", "test_course_subset"):
             for metric in ("accuracy", "balanced_accuracy", "macro_auc"):
-                values = [record[split][metric] for _, record in runs if split in record]
+                values = [record[split][metric] for record in records if split in record]
                 if values and None not in values:
                     row[f"{split}_{metric}"] = mean_and_deviation(values)
-        row["seconds"] = mean_and_deviation([record["seconds"] for _, record in runs])
+        if records:
+            row["seconds"] = mean_and_deviation([record["seconds"] for record in records])
         settings.append(row)
-    config = {
-        k: v for k, v in dataclasses.asdict(done[0][0]).items() if k not in ("learning_rate", "no_maxpool", "seed")
+    return {
+        "config": {k: v for k, v in config.items() if k not in ("learning_rate", "no_maxpool", "seed")},
+        "seeds": seeds,
+        "chosen_rate": chosen,
+        "chosen_by": f"mean over seeds of the best val_{CHOOSE_BY[recipe]}",
+        "settings": settings,
     }
-    chosen_by = f"mean over seeds of the best val_{CHOOSE_BY[recipe]}"
-    return {"config": config, "seeds": seeds, "chosen_rate": chosen, "chosen_by": chosen_by, "settings": settings}
 
 
 def mean_and_deviation(values: list[float]) -> dict:
-    """Mean and sample standard deviation (0 for a single value)."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+    """Mean and sample standard deviation (None for a single value, which has none)."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def shown(value: dict) -> str:
+    return f"{value['mean']:.4f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
 
 
 def print_grid(record: dict) -> None:
     print(f"\n{record['dataset']['name']} ({record['dataset']['kind']}), seeds {record['seeds']}, mean ± deviation")
     print(f"{'network':12s}{'rate':>7s}{'val acc':>17s}{'test acc':>17s}{'test balanced':>17s}{'test AUC':>17s}")
     for row in record["settings"]:
-        cells = ""
-        for name in ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_macro_auc"):
-            cells += f"{row[name]['mean']:9.4f} ± {row[name]['std']:.3f}" if name in row else f"{'n/a':>17s}"
+        names = ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_macro_auc")
+        cells = "".join(f"{shown(row[name]) if name in row else 'n/a':>17s}" for name in names)
         mark = "  <- chosen" if row["learning_rate"] == record["chosen_rate"] and row["network"] == "maxpool" else ""
+        mark += f"  ({row['diverged']} diverged)" if row["diverged"] else ""
         print(f"{row['network']:12s}{row['learning_rate']:7g}{cells}{mark}")
 
 
@@ -662,6 +692,9 @@ def draw_grid(grid_path: Path, path: Path) -> None:
     for i, row in enumerate(grid["settings"]):
         runs = [json.loads((grid_path.parent / run).read_text()) for run in row["runs"]]
         strided, colour = row["network"] == "no_maxpool", utils.COLOURS[i]
+        if not runs:  # every seed diverged
+            ticks.append(f"diverged\n{row['learning_rate']:g}")
+            continue
         ticks.append(f"{'no max-pool' if strided else 'max-pool'}\n{row['learning_rate']:g}")
         epochs = [e["epoch"] for e in runs[0]["history"]]
         for axes, name in ((loss_axes, "train_loss"), (accuracy_axes, "val_accuracy")):
@@ -671,7 +704,7 @@ def draw_grid(grid_path: Path, path: Path) -> None:
             axes.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         for metric, marker, shift, face in (("accuracy", "o", -0.12, colour), ("balanced_accuracy", "s", 0.12, "none")):
             values = [run["test"][metric] for run in runs]
-            test_axes.plot([i + shift] * num_seeds, values, marker, color=colour, markerfacecolor=face)
+            test_axes.plot([i + shift] * len(values), values, marker, color=colour, markerfacecolor=face)
     for marker, face, label in (("o", "0.3", "accuracy"), ("s", "none", "balanced accuracy")):
         test_axes.plot([], [], marker, color="0.3", markerfacecolor=face, label=label)
     loss_axes.set(title="Training loss", xlabel="epoch", ylabel="negative log-likelihood [nats]")
@@ -686,14 +719,15 @@ def draw_grid(grid_path: Path, path: Path) -> None:
 
 
 def draw(record_path: Path, folder: Path) -> None:
-    """Draw the figures of a record again, of a run or of a grid, into `folder`."""
+    """Draw the figures of a record again, of a run or of a grid, into `folder`. Raises InputError."""
+    name = record_path.resolve().parent.name
     try:
-        record = json.loads(record_path.read_text())
+        record = json.loads(record_path.read_text(encoding="utf-8"))
         if "settings" in record:
-            draw_grid(record_path, folder / f"{record_path.parent.name}-grid")
+            draw_grid(record_path, folder / f"{name}-grid")
         else:
-            draw_run(record, folder, prefix=f"{record_path.parent.name}-")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            draw_run(record, folder, prefix=f"{name}-")
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{record_path}: not a record of hw2-q2.py ({type(error).__name__}: {error})") from None
 
 
@@ -704,16 +738,17 @@ def draw(record_path: Path, folder: Path) -> None:
 def load_network(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict]:
     """The network of a checkpoint, and the description of the data it was trained on. Raises InputError."""
     content = load_checkpoint(path, device)
+    try:
+        config = content["config"]
+        model = build_network(config["recipe"], config["dropout"], config["no_maxpool"]).to(device)
+        model.load_state_dict(content["network"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: its weights do not fit its network ({str(error).splitlines()[0]})") from None
     for flag in ("recipe", "no_maxpool"):
-        wanted, found = getattr(args, flag), content["config"][flag]
+        wanted, found = getattr(args, flag), config[flag]
         if wanted is not None and wanted != found:
             raise InputError(f"{path}: holds a network with {flag} {found}, not {wanted}: leave -{flag} away")
-    state = TrainingState(Config(**content["config"]), device, content["dataset"])
-    try:
-        state.averaged.load_state_dict(content["averaged"])
-    except RuntimeError as error:
-        raise InputError(f"{path}: its weights do not fit its network ({str(error).splitlines()[0]})") from None
-    return state.averaged, content["dataset"]
+    return model, content["dataset"]
 
 
 def predict_files(args: argparse.Namespace) -> None:
@@ -733,11 +768,12 @@ def predict_files(args: argparse.Namespace) -> None:
 
 def evaluate_checkpoints(args: argparse.Namespace, data: OctData, device: torch.device) -> dict:
     """Score networks trained elsewhere on `data`: its test split, and all its scans if none was trained on them."""
-    dataset = data.describe()
+    dataset = data.description
     networks = [load_network(path, args, device) for path in args.checkpoint]
     parts = {"test": data.splits["test"]}
     if all(trained_on["sha256"] != dataset["sha256"] for _, trained_on in networks):
         parts["all"] = tuple(np.concatenate(arrays) for arrays in zip(*data.splits.values(), strict=True))
+    started = time.perf_counter()
     record = {"dataset": dataset, "trained_on": networks[0][1], "checkpoints": [str(path) for path in args.checkpoint]}
     for part, arrays in parts.items():
         images, labels = (torch.from_numpy(array).to(device) for array in arrays)
@@ -747,8 +783,13 @@ def evaluate_checkpoints(args: argparse.Namespace, data: OctData, device: torch.
             values = [run[metric] for run in runs]
             if None not in values:
                 record[part][metric] = mean = mean_and_deviation(values)
-                print(f"{data.name}, {part} ({len(labels)} scans): {metric} {mean['mean']:.4f} ± {mean['std']:.4f}")
-    return record | utils.run_environment()
+                print(f"{data.name}, {part} ({len(labels)} scans): {metric} {shown(mean)}")
+    return record | {
+        "seconds": round(time.perf_counter() - started, 2),
+        "device": str(device),
+        "threads": args.threads,
+        **utils.run_environment(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -787,27 +828,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     add("-recipe", choices=RECIPES, help="homework (default): as the course states it; strong: a practitioner's")
     add("-no_maxpool", action="store_true", default=None, help="stride by 2 instead of pooling")
-    add("-epochs", type=number(int, 1), help="default: 15")
-    add("-batch_size", type=number(int, 1), help="default: 8 (strong: 64)")
+    add("-epochs", type=number(int, 1), help="default: 15 (strong: 10)")
+    add("-batch_size", type=number(int, 1, 2**20), help="default: 8 (strong: 64)")
     add("-learning_rate", type=rate, help="default: 0.01 (strong: 0.003)")
     add("-l2_decay", type=number(float, 0), help="weight decay; default: 0 (strong: 0.05)")
     add("-dropout", type=number(float, 0, 1), help="default: 0.7 (strong: 0.3)")
     add("-optimizer", choices=OPTIMIZERS, help="default: sgd (strong: adamw)")
-    add("-seed", type=number(int, 0, 2**32), default=42, help="default: 42")
+    add("-seed", type=number(int, 0, 2**32), help="default: 42")
 
     add("-device", default="auto", help="auto (default: CUDA, MPS, CPU), cpu, cuda, cuda:N or mps")
-    add("-threads", type=number(int, 1), default=1, help="CPU threads of a process; more than 1 rarely helps")
+    add("-threads", type=number(int, 1, 1025), default=1, help="CPU threads of a process; more than 1 rarely helps")
     add("-out", type=Path, help="folder of the run (default: a name that tells the settings, under runs/)")
     add("-resume", action="store_true", help="go on with the stopped run or grid of the same settings")
 
     add("-grid", action="store_true", help="the whole question: all rates and seeds, then no_maxpool")
     add("-seeds", type=number(int, 0, 2**32), nargs="+", default=[42, 43, 44], help="of a grid (default: 42 43 44)")
-    add("-jobs", type=number(int, 1), default=2, help="processes of a grid (default: 2)")
+    add("-jobs", type=number(int, 1, 1025), default=2, help="processes of a grid (default: 2)")
 
     add("-predict", type=Path, nargs="+", metavar="IMAGE", help="classify image files with -checkpoint")
     add("-evaluate", action="store_true", help="score the networks of -checkpoint on -data")
     add("-checkpoint", type=Path, nargs="+", help="best.pt of one run (-predict) or of several (-evaluate)")
-    add("-draw", type=Path, metavar="RECORD", help="draw a record.json or grid.json again, into -out")
+    add("-draw", type=Path, nargs="+", metavar="RECORD", help="draw a record.json or grid.json again, into -out")
 
     args = parser.parse_args(arguments)
     modes = [flag for flag in ("grid", "predict", "evaluate", "draw") if getattr(args, flag)]
@@ -817,8 +858,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"-{modes[0]} needs -checkpoint runs/.../best.pt")
     if args.checkpoint and not (args.predict or args.evaluate):
         parser.error("-checkpoint goes with -predict or -evaluate (to go on with a stopped run, use -resume)")
-    if args.grid and (args.no_maxpool or args.learning_rate):
-        parser.error("-grid sets -learning_rate and -no_maxpool itself: leave them away")
+    if args.grid and (args.no_maxpool or args.learning_rate or args.seed is not None):
+        parser.error("-grid sets -learning_rate and -no_maxpool itself, and takes -seeds instead of -seed")
+    if args.seed is None:
+        args.seed = 42
+    if args.evaluate and args.out and args.out.exists():
+        parser.error(f"-out {args.out}: is there already; choose another name for the scores")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error("-seeds: every seed once")
     return args
@@ -842,37 +887,76 @@ def run_name(config: Config) -> str:
     return f"{network}-lr{config.learning_rate:g}-seed{config.seed}" + "".join(others)
 
 
-def choose_folder(args: argparse.Namespace, data: OctData, name: str) -> Path:
-    """The run's folder: never one that holds another run, unless it is to be resumed."""
-    if args.out is not None:
-        if not args.resume and args.out.is_dir() and any(args.out.iterdir()):
-            raise InputError(f"-out {args.out}: already holds files; choose another folder, or add -resume")
-        return args.out
-    source = "phantom" if data.kind == "phantom" else data.name.lower().replace(" ", "_")
+def settings_of(config: Config, data: OctData, **others) -> dict:
+    """What a run's folder is claimed for."""
+    return {"config": dataclasses.asdict(config), "dataset": data.description, **others}
+
+
+def claim_folder(folder: Path, settings: dict, resume: bool) -> None:
+    """Make `folder` that of one run or grid, or, with `resume`, make sure that it is. Raises InputError."""
+    path = folder / "settings.json"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not resume:
+            raise InputError(f"{folder}: already holds files; choose another -out, or add -resume")
+        if not path.exists():
+            raise InputError(f"{folder}: holds no run of hw2-q2.py to go on with; choose another -out")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [part for part in settings if found.get(part) != settings[part]]
+        if differing:
+            raise InputError(f"{folder}: cannot resume, it holds a run with another {' and '.join(differing)}")
+        for leftover in folder.glob(".*"):  # parts of files that a kill left behind
+            leftover.unlink()
+    else:
+        utils.write_json(path, settings)
+
+
+def default_folder(settings: dict, name: str, resume: bool) -> Path:
+    """runs/q2-<data>-<name>, or the first of -2, -3, ... that is free; to resume, the last one of these settings."""
+    dataset = settings["dataset"]
+    source = "phantom" if dataset["kind"] == "phantom" else dataset["name"].lower().replace(" ", "_")
     first = Path("runs") / f"q2-{source}-{name}"
-    taken = [first] if first.exists() else []
-    while taken and (following := first.with_name(f"{first.name}-{len(taken) + 1}")).exists():
-        taken.append(following)
-    if args.resume and taken:
-        return taken[-1]
-    return first.with_name(f"{first.name}-{len(taken) + 1}") if taken else first
+    mine, number, folder = None, 1, first
+    while folder.exists():
+        path = folder / "settings.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) == settings:
+            mine = folder
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return mine if resume and mine else folder
 
 
-def finished_record(folder: Path, config: Config, dataset: dict) -> dict | None:
-    """The record in `folder`, if there is one of exactly this run."""
+def finished_record(folder: Path) -> dict | None:
+    """The record of the run in `folder`, if it is finished and its network still there."""
     path = folder / "record.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    same = record["config"] == dataclasses.asdict(config) and record["dataset"] == dataset
-    return record if same else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and (folder / "best.pt").exists() else None
+
+
+def grid_or_finish(args: argparse.Namespace, data: OctData, device: torch.device) -> dict:
+    """A grid, from the start or from where it stopped."""
+    config = make_config(args, seed=0)
+    settings = settings_of(config, data, seeds=args.seeds)
+    folder = args.out or default_folder(settings, f"{config.recipe}-grid", args.resume)
+    claim_folder(folder, settings, args.resume)
+    path = folder / "grid.json"
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        runs = [folder / run for row in record["settings"] for run in row["runs"]]
+        if all(finished_record(run.parent) for run in runs):
+            print(f"{folder} holds this grid, finished")
+            return record
+    print(
+        f"grid on {data.name} ({data.kind}), {device}, {args.jobs} processes; everything goes to {folder}", flush=True
+    )
+    return run_grid(args, data, folder, device)
 
 
 def train_or_finish(args: argparse.Namespace, data: OctData, device: torch.device) -> dict:
     """One run, from the start or from where it stopped."""
     config = make_config(args, args.seed)
-    folder = choose_folder(args, data, f"{config.recipe}-{run_name(config)}")
-    record = finished_record(folder, config, data.describe()) if args.resume else None
+    settings = settings_of(config, data)
+    folder = args.out or default_folder(settings, f"{config.recipe}-{run_name(config)}", args.resume)
+    claim_folder(folder, settings, args.resume)
+    record = finished_record(folder)
     if record is None:
         print(f"training on {data.name} ({data.kind}), {device}; everything goes to {folder}", flush=True)
         record = train(config, data, folder, device, args.resume, verbose=True)
@@ -894,7 +978,9 @@ def train_or_finish(args: argparse.Namespace, data: OctData, device: torch.devic
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     if args.draw:
-        return draw(args.draw, args.out or args.draw.parent)
+        for path in args.draw:
+            draw(path, args.out or path.parent)
+        return None
     if args.predict:
         return predict_files(args)
     device = utils.choose_device(args.device)
@@ -904,24 +990,27 @@ def run(args: argparse.Namespace) -> None:
         if args.out:
             utils.write_json(args.out, record)
     elif args.grid:
-        config = make_config(args, seed=0)
-        folder = choose_folder(args, data, f"{config.recipe}-grid")
-        print(f"grid on {data.name} ({data.kind}), {device}, {args.jobs} processes; everything goes to {folder}")
-        print_grid(run_grid(args, data, folder, device))
+        print_grid(grid_or_finish(args, data, device))
     else:
         train_or_finish(args, data, device)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file name or a ± must not stop a run on an odd terminal
     args = parse_arguments(arguments)
+    utils.git_state()  # now: files may change while a run goes on
     try:
         run(args)
     except InputError as error:
         print(f"hw2-q2.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"hw2-q2.py: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command with -resume goes on from the last whole epoch", file=sys.stderr)
+        print("\nhw2-q2.py: stopped; a training goes on with the same command and -resume", file=sys.stderr)
         return 130
     return 0
 

@@ -18,11 +18,10 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import matplotlib
@@ -52,6 +51,7 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
 def choose_device(name: str) -> torch.device:
@@ -69,18 +69,26 @@ def choose_device(name: str) -> torch.device:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of PyTorch's generators that a run on `device` draws from."""
+    """The state of PyTorch's generators that a run on `device` draws from, by kind of device."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        state[device.type] = getattr(torch, device.type).get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
 def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `random_state` took."""
+    """Put back what `random_state` took. Raises InputError if it was taken on another kind of device."""
+    kinds = {"cpu", device.type}
+    if set(state) != kinds:
+        there = "-device " + ({*state} - {"cpu"} or {"cpu"}).pop()
+        raise InputError(f"the run was started on another kind of device: go on with {there}")
     torch.set_rng_state(state["cpu"].cpu())
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).set_rng_state(state[device.type].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state["mps"].cpu())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -113,17 +121,23 @@ def write_json(path: Path, record: dict) -> None:
 
 
 def run_environment() -> dict:
-    """Where a run happened: the part of a record that is the same for every question."""
+    """How and where a run was made: the part of a record that is the same for every question."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpu": gpu},
         "git": git_state(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+@cache
 def git_state() -> dict | None:
-    """The commit of this code and whether tracked files differ from it; None outside a git checkout."""
+    """The commit of this code and whether tracked files differ from it; None outside a git checkout.
+
+    Call it early: it is looked up once, and files may change while a run goes on.
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -157,7 +171,8 @@ class OctData:
     kind: str  # "real" or "phantom"
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
 
-    def describe(self) -> dict:
+    @cached_property
+    def description(self) -> dict:
         """The `dataset` entry of a record: name, kind, scans per class of each split, checksum of the pixels."""
         digest = hashlib.sha256()
         for split in SPLITS:
@@ -204,7 +219,8 @@ def load_phantoms() -> OctData:
 
 def find_octmnist(data_dir: Path) -> Path | None:
     """The first intact octmnist.npz in `data_dir`, the working folder or ~/.medmnist; says which are broken."""
-    for folder in (data_dir, Path(), Path.home() / ".medmnist"):
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (Path.home() raises where a user has no home)
+    for folder in (data_dir, Path(), home / ".medmnist"):
         path = folder / "octmnist.npz"
         if path.is_file():
             if md5(path) == OCTMNIST_MD5:
@@ -215,70 +231,78 @@ def find_octmnist(data_dir: Path) -> Path | None:
 
 def md5(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def download_octmnist(data_dir: Path) -> Path | None:
     """Download OCTMNIST through medmnist into `data_dir`; None (and one line that says why) if it fails.
 
-    The file gets its name only after its MD5 was checked, so that nothing broken can be found later. The
-    download runs in a thread of its own, because neither medmnist nor a look-up in the DNS has a time limit.
+    The file gets its name only after its MD5 was checked, so that nothing broken can be found later.
+    """
+    print(f"looking for OCTMNIST on the network (gives up after {STALL_SECONDS:.0f} s of silence) ...", flush=True)
+    target = data_dir / "octmnist.npz"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-", ignore_cleanup_errors=True) as folder:
+            failure = _fetch_with_medmnist(Path(folder))
+            fetched = Path(folder) / "octmnist.npz"
+            if failure is None and not (fetched.is_file() and md5(fetched) == OCTMNIST_MD5):
+                failure = "the file that came is not OCTMNIST (MD5)"
+            if failure is None:
+                if target.exists():  # it was passed over as broken, but it is the user's: keep it
+                    target.replace(target.with_suffix(".npz.broken"))
+                fetched.replace(target)
+    except OSError as error:
+        failure = str(error)
+    if failure is None:
+        return target
+    print(f"no download: {failure}")
+    return None
+
+
+def _fetch_with_medmnist(folder: Path) -> str | None:
+    """Let medmnist download OCTMNIST as long as files in `folder` grow. Returns why it failed, or None.
+
+    It runs in a thread of its own, because neither medmnist nor a look-up in the DNS has a time limit.
     """
     import medmnist  # only here: importing it takes seconds
 
-    def fetch() -> None:  # raises RuntimeError, with the cause behind it
-        medmnist.OCTMNIST(split="train", download=True, root=folder)
-
-    data_dir.mkdir(parents=True, exist_ok=True)
-    target = data_dir / "octmnist.npz"
-    print(f"looking for OCTMNIST on the network (gives up after {STALL_SECONDS:.0f} s of silence) ...", flush=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-", ignore_cleanup_errors=True) as folder:
-        socket.setdefaulttimeout(STALL_SECONDS)
-        failure = _wait_while_growing(fetch, Path(folder))
-        socket.setdefaulttimeout(None)
-        fetched = Path(folder) / "octmnist.npz"
-        if failure is None and not (fetched.is_file() and md5(fetched) == OCTMNIST_MD5):
-            failure = "the file that came is not OCTMNIST (MD5)"
-        if failure is not None:
-            print(f"no download: {failure}")
-            return None
-        if target.exists():  # it was passed over as broken, but it is the user's: keep it
-            target.replace(target.with_suffix(".npz.broken"))
-        fetched.replace(target)
-    return target
-
-
-def _wait_while_growing(task: Callable[[], None], folder: Path) -> str | None:
-    """Run `task` in a thread as long as files in `folder` grow. Returns why it failed, or None."""
     failure = []
 
-    def run() -> None:
+    def fetch() -> None:
         try:
-            task()
-        except Exception as error:
+            medmnist.OCTMNIST(split="train", download=True, root=str(folder))
+        except Exception as error:  # medmnist turns whatever happens into a RuntimeError, with the cause behind it
             cause = error.__context__ or error
             failure.append(" ".join(str(cause).split()) or type(cause).__name__)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    size, last_growth = -1, time.monotonic()
-    while thread.is_alive():
-        thread.join(0.1)
-        now = sum(file.stat().st_size for file in folder.iterdir())
-        if now != size:
-            size, last_growth = now, time.monotonic()
-        elif time.monotonic() - last_growth > 2 * STALL_SECONDS:  # the socket's own limit comes first
-            return "the network does not answer"
+    former_limit = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        thread = threading.Thread(target=fetch, daemon=True)
+        thread.start()
+        size, last_growth = -1, time.monotonic()
+        while thread.is_alive():
+            thread.join(0.1)
+            now = sum(file.stat().st_size for file in folder.iterdir())
+            if now != size:
+                size, last_growth = now, time.monotonic()
+            elif time.monotonic() - last_growth > 2 * STALL_SECONDS:  # the socket's own limit comes first
+                return "the network does not answer"
+    finally:
+        socket.setdefaulttimeout(former_limit)
     return failure[0] if failure else None
 
 
 def read_oct_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Read and check an .npz of OCTMNIST's layout: {train,val,test}_{images,labels}. Raises InputError."""
+    keys = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
     try:
         with np.load(path) as file:  # allow_pickle stays False: data must not run code
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as .npz ({error}): is it cut off or of another format?") from None
+            arrays = {key: file[key] for key in file.files if key in keys}
+    except Exception as error:  # damaged archives raise whatever their readers do: zip, zlib, tokenizer, ...
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{path}: cannot be read as .npz ({reason}): is it cut off or of another format?") from None
     return check_oct_arrays(arrays, str(path))
 
 
@@ -313,10 +337,10 @@ def prepare_scan(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            # 16-bit greys would be clipped, not scaled, by convert("L").
-            deep = image.mode.startswith(("I", "F"))
-            pixels = np.asarray(image, dtype=np.float64) if deep else None
-            grey = Image.fromarray(_to_8_bit(pixels)) if deep else image.convert("L")
+            if image.mode.startswith(("I", "F")):  # deeper than 8 bits: convert("L") would clip, not scale
+                grey = Image.fromarray(_to_8_bits(np.asarray(image, dtype=np.float64)))
+            else:
+                grey = image.convert("L")
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image file that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -327,11 +351,11 @@ def prepare_scan(path: Path) -> np.ndarray:
     return np.asarray(square.resize((SCAN_SIZE, SCAN_SIZE), Image.Resampling.BICUBIC))
 
 
-def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Deep greys to uint8: 16-bit values by their top byte, values in [0, 1] and [0, 255] as they stand."""
-    largest = pixels.max(initial=0)
-    scale = 255 if largest <= 1 else 1 if largest <= 255 else 1 / 257
-    return (pixels * scale).round().clip(0, 255).astype(np.uint8)
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Deep greys to uint8, from the smallest usual range that holds them: [0, 1], or 8, 10, 12, 14, 16 or 32 bits."""
+    ranges = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)))
+    white = next((white for white in ranges if pixels.max(initial=0) <= white), np.inf)
+    return (pixels.clip(0) * (255 / white)).round().astype(np.uint8)
 
 
 def read_oct_folder(folder: Path, data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -348,17 +372,22 @@ def read_oct_folder(folder: Path, data_dir: Path) -> dict[str, tuple[np.ndarray,
             raise InputError(f"{folder}: no scans in {split}/({wanted})/*.jpeg; a folder needs train and test")
     if not files["val"]:
         files["train"], files["val"] = split_by_patient(files["train"], fraction=0.1)
+        if not files["train"]:
+            raise InputError(f"{folder}: all training scans are of one patient, and there is no val folder")
 
-    listing = [(split, str(f.relative_to(folder)), f.stat().st_size) for split in SPLITS for f, _ in files[split]]
+    listing = []
+    for split in SPLITS:
+        for file, _ in files[split]:
+            state = file.stat()
+            listing.append((split, str(file.relative_to(folder)), state.st_size, state.st_mtime_ns))
     fingerprint = hashlib.sha256(json.dumps([str(folder.resolve()), listing]).encode()).hexdigest()[:12]
     prepared = data_dir / f"oct-folder-{fingerprint}.npz"
     if not prepared.exists():
         arrays = {}
         for split in SPLITS:
             progress = tqdm(files[split], desc=f"preparing {split} scans", disable=None)
-            images = [prepare_scan(file) for file, _ in progress]
-            arrays[f"{split}_images"] = np.stack(images) if images else np.empty((0, SCAN_SIZE, SCAN_SIZE), np.uint8)
-            arrays[f"{split}_labels"] = np.array([[label] for _, label in files[split]], np.uint8).reshape(-1, 1)
+            arrays[f"{split}_images"] = np.stack([prepare_scan(file) for file, _ in progress])
+            arrays[f"{split}_labels"] = np.array([[label] for _, label in files[split]], np.uint8)
         write_whole(prepared, lambda temporary: np.savez_compressed(temporary, **arrays))
     return read_oct_npz(prepared)
 
@@ -369,8 +398,9 @@ def list_scans(folder: Path) -> list[tuple[Path, int]]:
     for class_folder in sorted(folder.iterdir()) if folder.is_dir() else []:
         if class_folder.is_dir() and class_folder.name.upper() in CLASS_FOLDERS:
             label = CLASS_FOLDERS.index(class_folder.name.upper())
-            images = (f for f in sorted(class_folder.iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES)
-            scans += [(file, label) for file in images]
+            for file in sorted(class_folder.iterdir()):
+                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+                    scans.append((file, label))
     return scans
 
 

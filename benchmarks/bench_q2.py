@@ -96,6 +96,8 @@ def main() -> int:
 
     same = torch.equal(*(parameters_to_vector(loop.model.parameters()) for loop in loops.values()))
     record = {
+        "config": hw2_q2.RECIPES["homework"] | {"seed": 42},
+        "dataset": {"name": "OCT phantoms", "kind": "phantom", "counts": {"train": len(labels)}},
         "rounds": args.rounds,
         "steps_per_round": args.steps,
         "steps_per_second": {name: 1 / float(np.median(wall[name])) for name in loops},
