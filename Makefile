@@ -38,6 +38,8 @@ q2-records: $(READY)  ## question 2: make every record that the README quotes (R
 	rm -f results/q2/phantom-to-real-*.json
 	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-homework.json \
 	    -checkpoint $(SEEDS:%=results/q2/phantom-homework/maxpool-lr0.01-%/best.pt)
+	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-homework-lr0.1.json \
+	    -checkpoint $(SEEDS:%=results/q2/phantom-homework/maxpool-lr0.1-%/best.pt)
 	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-strong.json \
 	    -checkpoint $(SEEDS:%=results/q2/phantom-strong/maxpool-lr0.003-%/best.pt)
 	$(BIN)/python benchmarks/bench_q2.py -out results/q2/bench.json
