@@ -146,6 +146,23 @@ def test_the_best_epoch_is_kept_and_the_test_split_is_touched_once(q2, small_arr
     assert len(q2.load_checkpoint(tmp_path / "run" / "last.pt")["history"]) == 6
 
 
+def test_among_equal_epochs_the_lowest_loss_is_kept_and_later_ones_do_not_replace_it(
+    q2, small_arrays, tmp_path, monkeypatch
+):
+    script = iter([(0.3, 1.0), (0.5, 0.9), (0.5, 0.7), (0.5, 0.8), (0.2, 0.1)])  # validation accuracy and loss
+
+    def evaluate(model, images, labels, real=q2.evaluate):
+        accuracy, loss = next(script, (None, None))
+        return real(model, images, labels) | ({} if accuracy is None else {"accuracy": accuracy, "loss": loss})
+
+    monkeypatch.setattr(q2, "evaluate", evaluate)
+    config = q2.Config("homework", no_maxpool=False, seed=1, **q2.RECIPES["homework"] | {"epochs": 5})
+    record = q2.train(config, small_data(small_arrays), tmp_path, torch.device("cpu"), resume=False, verbose=False)
+    assert record["best_epoch"] == 3
+    assert len(q2.load_checkpoint(tmp_path / "best.pt")["history"]) == 3
+    assert len(q2.load_checkpoint(tmp_path / "last.pt")["history"]) == 5
+
+
 def test_octmnist_is_also_tested_on_the_courses_subset(q2, small_arrays, tmp_path):
     labels = np.repeat(np.arange(4), 250).astype(np.uint8)[:, None]
     images = np.tile(small_arrays["test_images"], (25, 1, 1))
