@@ -104,9 +104,9 @@ PARTS = {"q2-runs": q2_runs, "q2-transfer": q2_transfer, "q2-counts": q2_counts,
 def fill(text: str) -> str:
     """Replace what stands between <!-- begin NAME --> and <!-- end NAME --> for each part."""
     for name, make in PARTS.items():
-        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        text, found = pattern.subn(lambda _, b=begin, e=end, m=make: b + m() + e, text)
+        text, found = pattern.subn(lambda _, b=begin, e=end, m=make: f"{b}\n{m()}\n{e}", text)
         if found != 1:
             raise SystemExit(f"README.md: the part {name} stands there {found} times, not once")
     return text
