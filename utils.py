@@ -279,7 +279,7 @@ def _fetch_with_medmnist(folder: Path) -> str | None:
     former_limit = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        thread = threading.Thread(target=fetch, daemon=True)
+        thread = threading.Thread(target=fetch, name="octmnist-download", daemon=True)
         thread.start()
         size, last_growth = -1, time.monotonic()
         while thread.is_alive():

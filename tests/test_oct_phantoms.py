@@ -43,6 +43,11 @@ def test_the_same_seed_gives_the_same_scans_and_splits_do_not_depend_on_each_oth
         assert digest(first, split).digest() != digest(other, split).digest()
 
 
+def test_splits_of_the_same_size_and_proportions_differ():
+    arrays = offline_data.oct_phantoms(60, 60, 4)
+    assert (arrays["train_images"] != arrays["val_images"]).any(axis=(1, 2)).all()
+
+
 def test_no_scan_occurs_twice(phantoms):
     every = [image.tobytes() for split in ("train", "val", "test") for image in phantoms[f"{split}_images"]]
     # A white margin over the whole scan, or two all but black ones, may coincide; nothing else may.
