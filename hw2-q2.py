@@ -472,7 +472,7 @@ def print_epoch(epoch: dict) -> None:
 
 
 # A finished run of a grid: its settings and its record, which is None if the training diverged.
-GridRun = tuple["Config", dict | None]
+GridRun = tuple[Config, dict | None]
 
 
 def run_grid(args: argparse.Namespace, data: OctData, folder: Path, device: torch.device) -> dict:
@@ -1003,10 +1003,7 @@ def main(arguments: list[str] | None = None) -> int:
     utils.git_state()  # now: files may change while a run goes on
     try:
         run(args)
-    except InputError as error:
-        print(f"hw2-q2.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"hw2-q2.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
