@@ -711,8 +711,10 @@ def draw_grid(grid_path: Path, path: Path) -> None:
     accuracy_axes.set(title="Validation accuracy", xlabel="epoch", ylabel="fraction correct")
     test_axes.set(title="Test split, a mark a seed", xlabel="network and learning rate", ylabel="fraction correct")
     test_axes.set_xticks(range(len(ticks)), ticks)
-    for axes in (loss_axes, test_axes):
-        axes.legend(fontsize=9)
+    bottom, top = test_axes.get_ylim()
+    test_axes.set_ylim(bottom, top + 0.18 * (top - bottom))  # room for the legend above the marks
+    test_axes.legend(loc="upper right", fontsize=9)
+    loss_axes.legend(fontsize=9)
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.get_major_locator().set_params(integer=True)
     utils.save_figure(figure, path)
