@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import utils
 from offline_data import OCT_CLASSES
-from utils import InputError, OctData
+from utils import InputError, OctData, number
 
 SHORT_NAMES = ("CNV", "DME", "drusen", "normal")
 # The course tests on a test split re-weighted to the training proportions: of each class the first so many.
@@ -586,9 +586,9 @@ def summarise_grid(done: list[GridRun], rates: tuple[float, ...], chosen: float,
             for metric in ("accuracy", "balanced_accuracy", "macro_auc"):
                 values = [record[split][metric] for record in records if split in record]
                 if values and None not in values:
-                    row[f"{split}_{metric}"] = mean_and_deviation(values)
+                    row[f"{split}_{metric}"] = utils.mean_and_deviation(values)
         if records:
-            row["seconds"] = mean_and_deviation([record["seconds"] for record in records])
+            row["seconds"] = utils.mean_and_deviation([record["seconds"] for record in records])
         settings.append(row)
     return {
         "config": {k: v for k, v in config.items() if k not in ("learning_rate", "no_maxpool", "seed")},
@@ -597,11 +597,6 @@ def summarise_grid(done: list[GridRun], rates: tuple[float, ...], chosen: float,
         "chosen_by": f"mean over seeds of the best val_{CHOOSE_BY[recipe]}",
         "settings": settings,
     }
-
-
-def mean_and_deviation(values: list[float]) -> dict:
-    """Mean and sample standard deviation (None for a single value, which has none)."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def shown(value: dict) -> str:
@@ -784,7 +779,7 @@ def evaluate_checkpoints(args: argparse.Namespace, data: OctData, device: torch.
         for metric in ("accuracy", "balanced_accuracy", "macro_auc"):
             values = [run[metric] for run in runs]
             if None not in values:
-                record[part][metric] = mean = mean_and_deviation(values)
+                record[part][metric] = mean = utils.mean_and_deviation(values)
                 print(f"{data.name}, {part} ({len(labels)} scans): {metric} {shown(mean)}")
     return record | {
         "seconds": round(time.perf_counter() - started, 2),
@@ -798,31 +793,8 @@ def evaluate_checkpoints(args: argparse.Namespace, data: OctData, device: torch.
 # The command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """One line instead of the whole usage, and exit status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def number(kind: type, low: float, high: float = math.inf, low_fits: bool = True):
-    """An argparse type: an int or float from `low` (itself allowed if `low_fits`) to below `high`."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value < high) or (value == low and not low_fits):
-            wanted = "a whole number" if kind is int else "a number"
-            bounds = f"{'at least' if low_fits else 'above'} {low}" + (f" and below {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"needs {wanted} {bounds}, not {text!r}")
-        return value
-
-    return parse
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="hw2-q2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(prog="hw2-q2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, rate = parser.add_argument, number(float, 0, low_fits=False)
 
     add("-data", default="auto", help="auto (default), octmnist, phantom, an .npz, or a folder of class folders")

@@ -5,8 +5,10 @@ data = load_oct("auto")                    # OCTMNIST if it can be had, else pha
 images, labels = data.splits["train"]      # uint8 [N, 28, 28] and int64 [N]
 """
 
+import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -92,6 +94,33 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
 
 
 # ---------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line instead of the whole usage, and exit status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf, low_fits: bool = True):
+    """An argparse type: an int or float from `low` (itself allowed if `low_fits`) to below `high`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value < high) or (value == low and not low_fits):
+            wanted = "a whole number" if kind is int else "a number"
+            bounds = f"{'at least' if low_fits else 'above'} {low}" + (f" and below {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"needs {wanted} {bounds}, not {text!r}")
+        return value
+
+    return parse
+
+
+# ---------------------------------------------------------------------------------------------------
 # Files written whole or not at all, and run records
 
 
@@ -149,6 +178,11 @@ def git_state() -> dict | None:
         return {"commit": git("rev-parse", "HEAD"), "clean": not changed}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def mean_and_deviation(values: list[float]) -> dict:
+    """Mean and sample standard deviation (None for a single value, which has none)."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 # ---------------------------------------------------------------------------------------------------
