@@ -656,11 +656,19 @@ def taylor_attention(
     return inputs.restore(_divide(sums, inputs.q, inputs.seen, inputs.largest, num_terms))
 
 
+def crossover_length(dim: int, num_terms: int) -> float:
+    """The length from which features are faster than all pairs: fitted to what benchmarks/bench_q1.py measures.
+
+    All pairs cost L² D operations and features L M D, so the length is in proportion to M; the constant stands for
+    what a call costs besides, which is more where the lower features are computed tile by tile.
+    """
+    return (350 if num_terms <= 3 else 500) + 0.9 * num_features(dim, num_terms)
+
+
 def _pairs_are_faster(q: Tensor, k: Tensor, num_terms: int, causal: bool) -> bool:
-    """Whether all pairs are faster than features: by crossover lengths that benchmarks/bench_q1.py measures."""
     num_queries, num_keys = q.shape[-2], k.shape[-2]
-    length = 2 * num_queries * num_keys / max(1, num_queries + num_keys) / (2 if causal else 1)
-    return length < 350 + 0.9 * num_features(q.shape[-1], num_terms)
+    length = 2 * num_queries * num_keys / max(1, num_queries + num_keys)  # what counts is pairs over tokens
+    return (length / 2 if causal else length) < crossover_length(q.shape[-1], num_terms)
 
 
 def _divide(sums: Tensor, queries: Tensor, seen: Tensor, largest: tuple[float, float, float], num_terms: int) -> Tensor:
@@ -684,7 +692,8 @@ def _check_denominators(mean_weights: Tensor, queries: Tensor, largest: tuple[fl
     """
     longest_query, longest_key, _ = largest
     eps = torch.finfo(mean_weights.dtype).eps
-    if float(mean_weights.amin()) > eps * exp_series(longest_query * longest_key, num_terms):
+    smallest, largest_weight = (float(extreme) for extreme in mean_weights.aminmax())
+    if smallest > eps * exp_series(longest_query * longest_key, num_terms) and largest_weight < math.inf:
         return  # NaN does not get through here
     noise = eps * exp_series(torch.linalg.vector_norm(queries, dim=1) * longest_key, num_terms)
     bad = int((~((mean_weights > noise) & mean_weights.isfinite())).sum())

@@ -1,0 +1,560 @@
+"""Question 1: Taylor attention against the sums written out in NumPy, its properties, and what it refuses."""
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attention_approx as q1
+from attention_approx import (
+    TaylorState,
+    error_bound,
+    feature_map,
+    num_features,
+    softmax_attention,
+    taylor_attention,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*negative:RuntimeWarning")
+LINEAR_AND_DIRECT = pytest.mark.parametrize("method", ["features", "direct"])
+
+
+def tokens(queries, keys, dim, width, *, batch=(), score=0.5, seed=0, dtype=torch.float64):
+    """q, k, v with scores of about the deviation `score`."""
+    generator = torch.Generator().manual_seed(seed)
+    entry = math.sqrt(score / math.sqrt(dim))
+    shapes = (queries, dim), (keys, dim), (keys, width)
+    q, k, v = (torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return (entry * q).to(dtype), (entry * k).to(dtype), v.to(dtype)
+
+
+def written_out(q, k, v, num_terms, causal=False, keep=None):
+    """sum_j P_K(q·k_j) v_j / sum_j P_K(q·k_j) in NumPy, float64, from powers and factorials."""
+    q, k, v = (x.detach().double().numpy() for x in (q, k, v))
+    scores = np.einsum("...id,...jd->...ij", q, k)
+    weights = sum(scores**n / math.factorial(n) for n in range(num_terms)) * np.ones_like(scores)
+    if causal:
+        weights = weights * (np.arange(k.shape[-2]) <= np.arange(q.shape[-2])[:, None])
+    if keep is not None:
+        weights = weights * keep.numpy()[..., None, :]
+    return torch.from_numpy(np.einsum("...ij,...jd->...id", weights, v) / weights.sum(-1)[..., None])
+
+
+def difference(a, b):
+    """The largest difference, relative to the largest number."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+# ---------------------------------------------------------------------------------------------------
+# The feature map
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_product_of_features_is_the_series(dim, num_terms, symmetric):
+    q, k, _ = tokens(5, 5, dim, 1, score=2.0)
+    phi_q, phi_k = (feature_map(x, num_terms, symmetric) for x in (q, k))
+    expected = sum((q @ k.mT) ** n / math.factorial(n) for n in range(num_terms))
+    torch.testing.assert_close(phi_q @ phi_k.mT, expected * torch.ones(5, 5), rtol=1e-12, atol=1e-12)
+    assert phi_q.shape[-1] == num_features(dim, num_terms, symmetric)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5])
+def test_features_are_counted_as_by_hand(dim, num_terms):
+    exponents = np.stack(np.meshgrid(*[range(num_terms)] * dim)).reshape(dim, -1) if dim < 6 else None
+    if exponents is not None:
+        assert num_features(dim, num_terms) == int((exponents.sum(0) < num_terms).sum())
+    assert num_features(dim, num_terms) == math.comb(dim + num_terms - 1, num_terms - 1)
+    assert num_features(dim, num_terms, symmetric=False) == sum(dim**n for n in range(num_terms))
+
+
+def test_three_terms_by_hand():
+    root = math.sqrt(0.5)
+    expected = [1, 2, 3, 4 * root, 6, 9 * root]  # 1, x, y, x²/√2, xy, y²/√2
+    torch.testing.assert_close(feature_map(torch.tensor([2.0, 3.0])), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 8])
+def test_the_fast_features_with_their_weights_are_the_series(num_terms, block):
+    x, y, _ = tokens(9, 9, 7, 1, score=2.0)
+    layout = q1._layout(7, num_terms, block, 20)
+    features = []
+    for z in (x, y):
+        workspace = q1._Workspace(layout, 1, 9, z)
+        features.append(torch.cat([rows[0].clone() for _, rows in workspace.features(z.mT[None])]))
+    product = torch.einsum("mi,mj,m->ij", *features, layout.weights)
+    torch.testing.assert_close(product, q1.exp_series(x @ y.mT, num_terms), rtol=1e-12, atol=1e-12)
+    if block == 1:
+        assert layout.size == num_features(7, num_terms)  # each monomial once
+
+
+# ---------------------------------------------------------------------------------------------------
+# Taylor attention against the sums written out
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize(("length", "dim", "width"), [(1, 1, 1), (37, 1, 3), (130, 5, 7), (301, 9, 4), (67, 13, 1)])
+def test_agrees_with_the_sums_written_out(monkeypatch, method, causal, num_terms, length, dim, width):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 64)
+    monkeypatch.setattr(q1, "PAIR_TILE", 48)
+    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 40)
+    monkeypatch.setitem(q1._TILES, "cpu", (32, 2**12, 128))  # several groups of rows, a ragged last tile
+    q, k, v = tokens(length, length, dim, width, batch=(2,), score=0.5 if num_terms % 2 else 0.1)
+    expected = written_out(q, k, v, num_terms, causal)
+    ours = taylor_attention(q, k, v, num_terms, causal=causal, method=method)
+    assert difference(ours, expected) < 1e-12
+    ours = taylor_attention(*(x.float() for x in (q, k, v)), num_terms, causal=causal, method=method)
+    assert ours.dtype == torch.float32
+    assert difference(ours, written_out(*(x.float() for x in (q, k, v)), num_terms, causal)) < 1e-5
+
+
+@pytest.mark.parametrize(("length", "dim", "num_terms"), [(5000, 8, 3), (2500, 64, 3), (2300, 16, 4), (1100, 8, 6)])
+def test_agrees_at_full_size_whatever_the_method(length, dim, num_terms):
+    q, k, v = tokens(length, length, dim, dim, score=0.25)
+    expected = written_out(q, k, v, num_terms)
+    for method in q1.METHODS:
+        assert difference(taylor_attention(q, k, v, num_terms, method=method), expected) < 1e-12
+        single = taylor_attention(*(x.float() for x in (q, k, v)), num_terms, method=method)
+        assert difference(single, expected) < 1e-5
+    causal = taylor_attention(q, k, v, num_terms, causal=True, method="features")
+    assert difference(causal, written_out(q, k, v, num_terms, causal=True)) < 1e-12
+
+
+def test_the_naive_form_agrees():
+    q, k, v = tokens(50, 60, 6, 4, batch=(2, 3))
+    for symmetric in (True, False):
+        naive = q1.naive_taylor_attention(q, k, v, 5, symmetric=symmetric)
+        assert difference(naive, written_out(q, k, v, 5)) < 1e-12
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 90), (90, 20), (1, 33), (33, 1)])
+def test_queries_and_keys_may_differ_in_number(monkeypatch, method, causal, queries, keys):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 16)
+    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 12)
+    q, k, v = tokens(queries, keys, 4, 6)
+    ours = taylor_attention(q, k, v, 3, causal=causal, method=method)
+    assert difference(ours, written_out(q, k, v, 3, causal)) < 1e-12
+
+
+@LINEAR_AND_DIRECT
+def test_leading_dimensions_broadcast(method):
+    q, _, _ = tokens(40, 40, 5, 3, batch=(2, 3))
+    _, k, v = tokens(40, 40, 5, 3, batch=(3,), seed=1)
+    ours = taylor_attention(q, k[:1], v, 3, method=method)  # one head of keys for all queries
+    assert ours.shape == (2, 3, 40, 3)
+    assert difference(ours, written_out(q, k[:1].expand_as(k), v, 3)) < 1e-12
+
+
+def test_nothing_in_nothing_out():
+    q, k, v = tokens(4, 6, 3, 2, batch=(2,))
+    assert taylor_attention(q[:, :0], k, v).shape == (2, 0, 2)
+    assert taylor_attention(q[:0], k[:0], v[:0]).shape == (0, 4, 2)
+
+
+def test_one_term_is_the_mean_of_v():
+    q, k, v = tokens(30, 40, 5, 3)
+    ours = taylor_attention(q, k, v, 1)
+    torch.testing.assert_close(ours, v.mean(-2, keepdim=True).expand(30, 3))
+
+
+@LINEAR_AND_DIRECT
+def test_scale_multiplies_the_scores(method):
+    q, k, v = tokens(30, 30, 5, 3, score=2.0)
+    assert difference(taylor_attention(q, k, v, scale=0.2, method=method), written_out(0.2 * q, k, v, 3)) < 1e-12
+
+
+def test_the_exact_reference_is_torch_s_attention():
+    q, k, v = tokens(40, 40, 8, 5, batch=(2, 3), score=3.0)
+    for causal in (False, True):
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.7, is_causal=causal)
+        assert difference(softmax_attention(q, k, v, scale=0.7, causal=causal), theirs) < 1e-12
+    keep = torch.rand(2, 1, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0, attn_mask=keep[..., None, :])
+    assert difference(softmax_attention(q, k, v, key_mask=keep), theirs) < 1e-12
+
+
+def test_more_terms_come_closer_to_softmax():
+    q, k, v = tokens(60, 60, 4, 3, score=0.4)
+    exact = softmax_attention(q, k, v)
+    errors = [difference(taylor_attention(q, k, v, terms), exact) for terms in range(1, 19)]
+    assert all(b < a for a, b in itertools.pairwise(errors)), errors
+    assert errors[-1] < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@LINEAR_AND_DIRECT
+def test_half_precision_is_summed_in_float32(dtype, method):
+    q, k, v = tokens(3000, 3000, 8, 4, dtype=dtype)
+    v = v + 100  # in bfloat16 a sum of these would be off by far
+    ours = taylor_attention(q, k, v, 3, method=method)
+    assert ours.dtype == dtype
+    expected = written_out(q, k, v, 3)
+    assert difference(ours, expected) < torch.finfo(dtype).eps
+    rounded = expected.to(dtype)  # all but a few ties are the nearest number of the dtype
+    assert float((ours == rounded).double().mean()) > 0.95
+
+
+def test_autocast_does_not_touch_the_sums():
+    q, k, v = tokens(600, 600, 8, 4, dtype=torch.float32)
+    plain = [taylor_attention(q, k, v, method=method) for method in ("features", "direct")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = [taylor_attention(q, k, v, method=method) for method in ("features", "direct")]
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Masks, causality, streaming, centring
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("num_terms", [1, 3, 4])
+def test_a_masked_key_counts_as_if_it_were_not_there(method, num_terms):
+    q, k, v = tokens(20, 50, 5, 3, batch=(2,))
+    keep = torch.rand(50, generator=torch.Generator().manual_seed(1)) < 0.6
+    without = taylor_attention(q, k[:, keep], v[:, keep], num_terms, method=method)
+    for junk in (0.0, 1e30, math.nan, math.inf):
+        k_junk, v_junk = (x.masked_fill(~keep[:, None], junk) for x in (k, v))
+        ours = taylor_attention(q, k_junk, v_junk, num_terms, key_mask=keep, method=method)
+        assert difference(ours, without) < 1e-13
+    exact = softmax_attention(q, k, v.masked_fill(~keep[:, None], math.nan), key_mask=keep)
+    assert difference(exact, softmax_attention(q, k[:, keep], v[:, keep])) < 1e-13
+
+
+def test_a_mask_may_differ_from_sequence_to_sequence(monkeypatch):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 16)
+    q, k, v = tokens(50, 50, 5, 3, batch=(2, 3))
+    keep = torch.rand(2, 1, 50, generator=torch.Generator().manual_seed(2)) < 0.6
+    keep[..., 0] = True
+    for causal in (False, True):
+        for method in ("features", "direct"):
+            ours = taylor_attention(q, k, v, 3, key_mask=keep, causal=causal, method=method)
+            assert difference(ours, written_out(q, k, v, 3, causal, keep.expand(2, 3, 50))) < 1e-12
+
+
+@LINEAR_AND_DIRECT
+def test_what_comes_later_changes_nothing(monkeypatch, method):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 32)
+    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 24)
+    q, k, v = tokens(150, 150, 6, 4, batch=(2,))
+    whole = taylor_attention(q, k, v, 3, causal=True, method=method)
+    for first in (1, 31, 32, 33, 100, 149):
+        generator = torch.Generator().manual_seed(first)
+        later = [x.clone() for x in (q, k, v)]
+        for x in later:
+            x[:, first:] = torch.randn(x[:, first:].shape, generator=generator, dtype=x.dtype)
+        changed = taylor_attention(*later, 3, causal=True, method=method)
+        assert torch.equal(changed[:, :first], whole[:, :first])
+        assert not torch.allclose(changed[:, first:], whole[:, first:])
+        prefix = taylor_attention(*(x[:, :first] for x in (q, k, v)), 3, causal=True, method=method)
+        assert difference(prefix, whole[:, :first]) < 1e-13
+
+
+@LINEAR_AND_DIRECT
+def test_no_gradient_flows_from_the_past_to_the_future(monkeypatch, method):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 16)
+    q, k, v = (x.requires_grad_() for x in tokens(60, 60, 5, 3))
+    taylor_attention(q, k, v, 3, causal=True, method=method)[:20].sum().backward()
+    for x in (q, k, v):
+        assert x.grad[20:].abs().max() == 0 and x.grad[:20].abs().max() > 0
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5])
+def test_streaming_is_causal_attention(num_terms):
+    q, k, v = tokens(70, 70, 5, 3, batch=(2, 2), score=0.2)
+    causal = taylor_attention(q, k, v, num_terms, scale=0.5, causal=True)
+    state = TaylorState(num_terms, scale=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        rows = [state.update(k[..., [i], :], v[..., [i], :]).query(q[..., [i], :]) for i in range(70)]
+        blocks = TaylorState(num_terms, scale=0.5).update(k[..., :30, :], v[..., :30, :])
+        last = blocks.update(k[..., 30:, :], v[..., 30:, :]).query(q[..., -5:, :])
+    assert difference(torch.cat(rows, -2), causal) < 1e-12
+    whole = taylor_attention(q[..., -5:, :], k, v, num_terms, scale=0.5)
+    assert difference(last, whole) < 1e-12
+    assert state.num_keys == 70
+
+
+def test_a_state_passes_gradients_on():
+    q, k, v = (x.requires_grad_() for x in tokens(12, 12, 4, 3))
+
+    def streamed(q, k, v):
+        state = TaylorState(3)
+        return torch.cat([state.update(k[i : i + 1], v[i : i + 1]).query(q[i : i + 1]) for i in range(12)])
+
+    assert torch.autograd.gradcheck(streamed, (q, k, v))
+
+
+def test_centring_undoes_an_offset_of_the_keys():
+    q, k, v = tokens(80, 80, 8, 4, score=0.3)
+    offset = torch.full((8,), 1.5, dtype=k.dtype)
+    exact = softmax_attention(q, k + offset, v)
+    assert difference(exact, softmax_attention(q, k, v)) < 1e-12
+    centred = taylor_attention(q, k + offset, v, center=True)
+    assert difference(centred, taylor_attention(q, k, v, center=True)) < 1e-12
+    plain = taylor_attention(q, k + offset, v)
+    assert difference(centred, exact) < 0.2 * difference(plain, exact)
+    keep = torch.arange(80) < 50
+    masked = taylor_attention(q, k, v, center=True, key_mask=keep)
+    assert difference(masked, taylor_attention(q, k[:50], v[:50], center=True)) < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"center": True, "scale": 0.7}, {"key_mask": torch.arange(11) % 3 != 1}]
+)
+def test_gradients_are_those_of_finite_differences(monkeypatch, method, num_terms, options):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 4)
+    monkeypatch.setattr(q1, "PAIR_TILE", 5)
+    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 3)
+    monkeypatch.setitem(q1._TILES, "cpu", (8, 64, 64))
+    q, k, v = (x.requires_grad_() for x in tokens(11, 11, 6, 3, batch=(2,), score=0.2))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: taylor_attention(q, k, v, num_terms, method=method, **options), (q, k, v)
+    )
+
+
+def test_gradients_of_long_sequences_are_those_of_plain_autograd():
+    q, k, v = (x.requires_grad_() for x in tokens(2500, 2500, 16, 16, score=0.25))
+    out_slope = torch.randn(2500, 16, generator=torch.Generator().manual_seed(3), dtype=q.dtype)
+    weights = 1 + q @ k.mT + (q @ k.mT) ** 2 / 2
+    expected = torch.autograd.grad(weights @ v / weights.sum(-1, keepdim=True), (q, k, v), out_slope)
+    ours = torch.autograd.grad(taylor_attention(q, k, v, method="features"), (q, k, v), out_slope)
+    for a, b in zip(ours, expected, strict=True):
+        assert difference(a, b) < 1e-11
+    single = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    ours = torch.autograd.grad(taylor_attention(*single), single, out_slope.float())
+    for a, b in zip(ours, expected, strict=True):
+        assert difference(a, b) < 1e-4
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = (x.requires_grad_() for x in tokens(5, 5, 3, 2))
+    (slope,) = torch.autograd.grad(taylor_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Never quietly wrong
+
+
+@given(st.floats(-50, 50), st.sampled_from([1, 3, 5, 7, 9]))
+@settings(max_examples=500, deadline=None)
+def test_the_series_is_positive_for_odd_terms(t, num_terms):
+    assert q1.exp_series(t, num_terms) > 0
+    if num_terms == 3:
+        assert q1.exp_series(t, 3) >= 0.5
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("num_terms", [3, 5])
+def test_odd_terms_give_means_of_v_even_for_large_scores(method, num_terms):
+    q, k, v = tokens(200, 200, 8, 3, score=30.0)
+    ours = taylor_attention(q, k, v, num_terms, method=method)
+    assert (ours >= v.amin(0) - 1e-9).all() and (ours <= v.amax(0) + 1e-9).all()
+
+
+@pytest.mark.parametrize("num_terms", [2, 4, 6])
+def test_the_root_of_an_even_series(num_terms):
+    published = {2: -1, 4: -1.596, 6: -2.181}
+    assert q1._negative_root(num_terms) == pytest.approx(published[num_terms], abs=1e-3)
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("num_terms", [2, 4])
+def test_negative_weights_are_counted(method, causal, num_terms):
+    q, k, v = tokens(90, 90, 6, 3, batch=(2, 2), score=0.9)
+    k[..., :10, :] = 0  # weights of 1: no denominator of an early row vanishes
+    keep = torch.arange(90) % 7 != 3
+    weights = q1.exp_series(q @ k.mT, num_terms)
+    counted = torch.ones(90, 90, dtype=torch.bool).tril() if causal else torch.ones(90, 90, dtype=torch.bool)
+    expected = int(((weights < 0) & counted & keep).sum())
+    assert expected > 0
+    with pytest.warns(RuntimeWarning, match=f"^{expected} weights are negative"):
+        taylor_attention(q, k, v, num_terms, causal=causal, key_mask=keep, method=method)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_false_alarm():
+    q, k, v = tokens(300, 300, 8, 3, score=0.1)
+    taylor_attention(q, k, v, 4)
+    q, k, v = tokens(300, 300, 8, 3, score=5.0)
+    taylor_attention(q, k, v, 3)
+    TaylorState(4).update(0.1 * k, v).query(0.1 * q)
+
+
+@LINEAR_AND_DIRECT
+def test_a_vanishing_denominator_is_an_error(method):
+    q, v = torch.ones(3, 1, dtype=torch.float64), torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    k = torch.tensor([[-1.5], [-0.5]], dtype=torch.float64)  # weights -0.5 and 0.5
+    q[2] = 0.1
+    with pytest.raises(ValueError, match=r"^2 of 3 denominators are negative, vanish"):
+        taylor_attention(q, k, v, 2, method=method)
+    with pytest.raises(ValueError, match=r"^2 of 3 denominators"):
+        TaylorState(2).update(k, v).query(q)
+    with pytest.raises(ValueError, match=r"^2 of 3 denominators"):
+        taylor_attention(q, k - 1, v, 2, method=method)  # negative as a whole
+
+
+@LINEAR_AND_DIRECT
+def test_overflow_is_an_error(method):
+    q, k, v = tokens(10, 10, 4, 3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="too large"):
+        taylor_attention(1e15 * q, 1e15 * k, v, 3, method=method)
+    with pytest.raises(ValueError, match="overflow"):
+        taylor_attention(1e3 * q, k, 1e36 * v, 3, method=method)
+    with pytest.raises(ValueError, match="k overflows"):
+        taylor_attention(q, 1e25 * k, v, 3, method=method)
+
+
+def test_the_state_says_that_weights_may_be_negative():
+    q, k, v = tokens(30, 30, 4, 3, score=0.6)
+    state = TaylorState(4).update(k, v + 5)
+    reach = q.norm(dim=-1) * k.norm(dim=-1).max()
+    expected = int((reach > 1.5961).sum())
+    assert 0 < expected < 30
+    with pytest.warns(RuntimeWarning, match=f"weights of {expected} queries may be negative"):
+        state.query(q)
+
+
+GOOD = {"q": (4, 3), "k": (5, 3), "v": (5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"num_terms": 0}, ValueError, "num_terms must be at least 1, not 0"),
+        ({"num_terms": 2.0}, TypeError, "num_terms must be a whole number, not 2.0"),
+        ({"num_terms": True}, TypeError, "num_terms must be a whole number"),
+        ({"q": torch.zeros(4, 2)}, ValueError, r"q and k must be of one width.*q \[4, 2\], k \[5, 3\]"),
+        ({"q": torch.zeros(4, 0), "k": torch.zeros(5, 0)}, ValueError, "one width, at least 1"),
+        ({"v": torch.zeros(4, 2)}, ValueError, r"k and v must be of one length.*k \[5, 3\], v \[4, 2\]"),
+        ({"k": torch.zeros(0, 3), "v": torch.zeros(0, 2)}, ValueError, "one length, at least 1"),
+        ({"q": torch.zeros(3)}, ValueError, r"q must be \[..., L, D\], not \[3\]"),
+        ({"q": torch.zeros(2, 4, 3), "k": torch.zeros(3, 5, 3)}, ValueError, "leading dimensions do not fit"),
+        ({"q": [[1.0]]}, TypeError, "q must be a tensor, not list"),
+        ({"v": torch.zeros(5, 2, dtype=torch.int64)}, TypeError, "v must be of float64, .* not torch.int64"),
+        ({"v": torch.zeros(5, 2, dtype=torch.complex64)}, TypeError, "not torch.complex64"),
+        ({"v": torch.zeros(5, 2, dtype=torch.float64)}, TypeError, "q is torch.float32 .* v is torch.float64"),
+        ({"q": torch.full((4, 3), math.nan)}, ValueError, "q holds 12 NaN or infinite"),
+        ({"k": torch.full((5, 3), math.inf)}, ValueError, "k holds 15 NaN or infinite"),
+        ({"v": torch.tensor([[0.0, math.nan]]).expand(5, 2)}, ValueError, "v holds 5 NaN or infinite"),
+        ({"scale": math.nan}, ValueError, "scale must be a finite number"),
+        ({"scale": "1"}, ValueError, "scale must be a finite number"),
+        ({"key_mask": torch.zeros(5, dtype=torch.bool)}, ValueError, "key_mask drops every key in 1 of 1 sequences"),
+        ({"key_mask": torch.ones(5)}, TypeError, "key_mask must be a tensor of bool"),
+        ({"key_mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"key_mask must fit \[5\].*not \[4\]"),
+        ({"key_mask": torch.arange(5) > 1, "causal": True}, ValueError, "2 queries see no key"),
+        ({"center": True, "causal": True}, ValueError, "center=True needs the mean of all keys"),
+        ({"method": "fast"}, ValueError, "method must be one of auto, direct, features"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {name: torch.zeros(shape) for name, shape in GOOD.items()} | {"num_terms": 3} | change
+    with pytest.raises(error, match=message) as caught:
+        taylor_attention(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_calls_of_the_others_are_named():
+    with pytest.raises(ValueError, match="dim must be at least 1"):
+        num_features(0)
+    with pytest.raises(TypeError, match="x must be of float64"):
+        feature_map(torch.arange(3))
+    with pytest.raises(ValueError, match="no keys yet"):
+        TaylorState().query(torch.zeros(1, 3))
+    state = TaylorState().update(torch.zeros(2, 5, 3), torch.zeros(2, 5, 2))
+    with pytest.raises(ValueError, match="the state holds"):
+        state.update(torch.zeros(2, 5, 4), torch.zeros(2, 5, 2))
+    with pytest.raises(ValueError, match="does not fit the state"):
+        state.query(torch.zeros(3, 1, 3))
+    with pytest.raises(ValueError, match="NaN"):
+        state.update(torch.full((2, 1, 3), math.nan), torch.zeros(2, 1, 2))
+    assert state.num_keys == 5
+
+
+# ---------------------------------------------------------------------------------------------------
+# The bound
+
+
+@st.composite
+def rows_of_scores(draw):
+    """One query of length 1 in one dimension, so that the keys are the scores; values in the plane."""
+    count = draw(st.integers(1, 12))
+    numbers = st.floats(-6, 6, allow_subnormal=False)
+    scores = draw(st.lists(numbers, min_size=count, max_size=count))
+    values = draw(st.lists(st.tuples(numbers, numbers), min_size=count, max_size=count))
+    return torch.tensor(scores, dtype=torch.float64)[:, None], torch.tensor(values, dtype=torch.float64)
+
+
+def errors_and_bounds(q, k, v, num_terms):
+    approximate = written_out(q, k, v, num_terms)
+    errors = (approximate - softmax_attention(q, k, v)).norm(dim=-1)
+    return errors, error_bound(q, k, v, num_terms)
+
+
+@given(rows_of_scores(), st.integers(1, 8))
+@settings(max_examples=3000, deadline=None)
+def test_no_error_exceeds_the_bound(row, num_terms):
+    k, v = row
+    errors, bounds = errors_and_bounds(torch.ones(1, 1, dtype=torch.float64), k, v, num_terms)
+    positive = bool((written_weights(k, num_terms) > 0).all())
+    assert positive == bool(bounds.isfinite().all())
+    if positive:
+        assert (errors <= bounds * (1 + 1e-9) + 1e-12).all()
+
+
+def written_weights(scores, num_terms):
+    return sum(scores**n / math.factorial(n) for n in range(num_terms))
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 6])
+def test_no_error_exceeds_the_bound_in_many_dimensions(num_terms):
+    for seed, score in enumerate((0.05, 0.2, 0.5, 1.0, 2.0)):
+        q, k, v = tokens(400, 300, 8, 5, score=score, seed=seed)
+        errors, bounds = errors_and_bounds(q, k, v, num_terms)
+        assert (errors <= bounds * (1 + 1e-9) + 1e-12).all()
+        assert bool(bounds.isfinite().all()) == bool((written_weights(q @ k.mT, num_terms) > 0).all())
+
+
+@pytest.mark.parametrize("num_terms", [1, 3, 5])
+def test_two_points_attain_the_bound(num_terms):
+    """Scores 0 and t with copies such that the share of t is 1 / (1 + sqrt(r(t))): there the bound is an equality."""
+    copies, low, high = 2, -8.0, 0.0
+    for _ in range(200):  # copies · exp(t) · sqrt(r(t)) must be 1
+        t = (low + high) / 2
+        low, high = (t, high) if copies * math.sqrt(written_weights(t, num_terms) * math.exp(t)) < 1 else (low, t)
+    k = torch.tensor([[0.0]] + [[t]] * copies, dtype=torch.float64)
+    v = torch.tensor([[3.0, 1.0]] + [[-1.0, -2.0]] * copies, dtype=torch.float64)
+    errors, bounds = errors_and_bounds(torch.ones(1, 1, dtype=torch.float64), k, v, num_terms)
+    assert float(errors) == pytest.approx(float(bounds), rel=1e-9)
+    assert float(errors) > 1e-6
+
+
+def test_the_bound_takes_the_shape_of_the_queries_and_the_scale():
+    q, k, v = tokens(20, 30, 4, 3, batch=(2, 3))
+    bounds = error_bound(q, k, v, scale=0.5)
+    assert bounds.shape == (2, 3, 20) and bounds.dtype == torch.float64
+    torch.testing.assert_close(bounds, error_bound(0.5 * q, k, v))
+    by_hand = error_bound(q[1, 2], k[1, 2], v[1, 2], scale=0.5)
+    torch.testing.assert_close(bounds[1, 2], by_hand)
+    distances = torch.cdist(v[0, 0], v[0, 0])
+    torch.testing.assert_close(q1._diameter(v[0, :1]), distances.max()[None])
