@@ -1086,57 +1086,74 @@ def draw_errors(record: dict, path: Path) -> None:
         outcomes = [point["terms"][num_terms] for point in errors["points"]]
         means = [outcome["error"]["mean"] if outcome["error"] else math.nan for outcome in outcomes]
         bounds = [outcome["bound"] if outcome["bound"] else math.nan for outcome in outcomes]
-        axes.plot(deviations, means, "o-", color=colour, markersize=4, label=f"K = {num_terms}")
+        axes.plot(deviations, means, "o-", color=colour, markersize=4.5, label=f"K = {num_terms}")
         axes.plot(deviations, bounds, ":", color=colour, linewidth=1.2)
+        negative = [
+            (d, m) for d, m, o in zip(deviations, means, outcomes, strict=True) if o["runs_with_negative_weights"]
+        ]
+        axes.plot([d for d, _ in negative], [m for _, m in negative], "o", color=colour, mfc="white", markersize=4.5)
     axes.plot(deviations, [p["mean_of_v"]["mean"] for p in errors["points"]], "k--", linewidth=1.2, label="mean of V")
     axes.plot([], [], ":", color="#555555", label="proven bound")
+    axes.plot([], [], "o", color="#555555", mfc="white", label="negative weights")
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="standard deviation of the scores q·k",
-        ylabel="relative error of Z",
-        title=f"Taylor attention is good where scores are small (L = {errors['length']:,}, D = {errors['dim']})",
+        ylabel=f"relative error of Z ({record['config']['dtype']})",
+        title=f"K terms of the series serve where scores are small (L = {errors['length']:,}, D = {errors['dim']})",
     )
     axes.legend(loc="lower right", ncols=2)
     utils.save_figure(figure, path)
 
 
-def draw_costs(record: dict, quantity: str, label: str, title: str, path: Path) -> None:
+def draw_costs(record: dict, quantity: str, label: str, path: Path) -> None:
     """Time ("ms") or memory ("mib") against L, a panel for each D."""
-    figure, panels = utils.new_figure(1, len(record["costs"]), size=(5.2, 4.2))
-    for axes, curve in zip(panels, record["costs"], strict=True):
+    curves = record["costs"]
+    figure, panels = utils.new_figure(1, len(curves), size=(5.0, 4.0))
+    for axes, curve in zip(panels, curves, strict=True):
         for name, (colour, marker) in STYLES.items():
             points = [(p["length"], p[quantity][name]) for p in curve["points"] if name in p[quantity]]
             if points:
                 axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=name)
-        if quantity == "ms" and curve["crossover"]:
-            axes.axvline(curve["crossover"], color=STYLES[TAYLOR][0], linestyle=":", linewidth=1.2)
-            axes.annotate(
-                f"faster from\nL = {curve['crossover']:,.0f}",
-                (curve["crossover"], 0.03),
-                xycoords=("data", "axes fraction"),
-                xytext=(5, 0),
-                textcoords="offset points",
-                color=STYLES[TAYLOR][0],
-            )
-        lengths = [point["length"] for point in curve["points"]]
-        axes.set(yscale="log", xlabel="length L (tokens)", ylabel=label, title=f"{title}, D = {curve['dim']}")
+        axes.set(yscale="log", xlabel="length L (tokens)", ylabel=label)
+        axes.set_title(f"D = {curve['dim']}, K = {curve['num_terms']}, {record['config']['dtype']}")
         axes.set_xscale("log", base=2)
+        lengths = [point["length"] for point in curve["points"]]
         ticks = [length for length in lengths if math.log2(length).is_integer()] or lengths
         axes.set_xticks(ticks, [f"{length:,}" for length in ticks], rotation=40)
         axes.minorticks_off()
+        if quantity == "ms" and curve["crossover"]:
+            mark_crossover(axes, curve["crossover"])
     limits = [limit for axes in panels for limit in axes.get_ylim()]
     for axes in panels:
         axes.set_ylim(min(limits), max(limits))  # one scale, so that the panels can be compared
-    panels[0].legend()
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=len(names))
     utils.save_figure(figure, path)
+
+
+def mark_crossover(axes, length: float) -> None:
+    colour = STYLES[TAYLOR][0]
+    axes.axvline(length, color=colour, linestyle=":", linewidth=1.2)
+    text, place = f"Taylor faster\nfrom L = {length:,.0f}", ("data", "axes fraction")
+    axes.annotate(text, (length, 0.03), xycoords=place, xytext=(5, 0), textcoords="offset points", color=colour)
 
 
 def draw(record: dict, folder: Path) -> None:
     """Draw the three figures of a record into `folder`, as PNG and SVG."""
     draw_errors(record, folder / "error")
-    draw_costs(record, "ms", "time of a forward pass (ms)", "Time", folder / "time")
-    draw_costs(record, "mib", "memory beside the input (MiB)", "Memory", folder / "memory")
+    threads = "one thread" if record["threads"] == 1 else f"{record['threads']} threads"
+    where = f"CPU, {threads}" if record["device"] == "cpu" else record["device"]
+    draw_costs(record, "ms", f"time of a forward pass (ms; {where})", folder / "time")
+    draw_costs(record, "mib", "memory beside the input (MiB)", folder / "memory")
+
+
+def draw_again(path: Path, folder: Path) -> None:
+    """Draw from a record's file. Raises InputError if it is none of this question's."""
+    try:
+        draw(json.loads(path.read_text()), folder)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"-draw {path}: not a record of question 1 ({type(error).__name__}: {error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1192,11 +1209,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> None:
     if args.draw:
-        record = json.loads(args.draw.read_text())
-        draw(record, args.figures or args.draw.parent)
-        return record
+        return draw_again(args.draw, args.figures or args.draw.parent)
     device = utils.choose_device(args.device)
     torch.set_num_threads(args.threads)
     utils.set_seed(args.seeds[0])
@@ -1205,6 +1220,9 @@ def run(args: argparse.Namespace) -> dict:
     recorded = args.settings == RECORDED and args.device == "cpu" and args.threads == 1
     out = args.out or (Path("results/q1.json") if recorded else home / "record.json")
     figures = args.figures or (Path("report/figures/q1") if recorded and not args.out else out.parent)
+
+    for folder in (out.parent, figures):
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before it is measured
 
     record = {"config": args.settings, "dataset": {"name": "normal random numbers", "kind": "random"}}
     record["features"] = feature_table(sorted({8, 16, 32, 64, *args.dims}), args.terms)
@@ -1218,7 +1236,6 @@ def run(args: argparse.Namespace) -> dict:
     utils.write_json(out, record)
     draw(record, figures)
     print(f"\n{record['seconds']:.0f} s; record {out}, figures in {figures}")
-    return record
 
 
 def main(arguments: list[str] | None = None) -> int:
