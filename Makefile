@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q2 q2-grid q2-records readme test lint bench clean
+.PHONY: help q1 q1-records q2 q2-grid q2-records readme test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -15,6 +15,10 @@ $(READY): requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
 	@touch $@
+
+q1: $(READY)    ## question 1: tables, curves and figures of attention in linear time (two minutes)
+	$(BIN)/python attention_approx.py $(ARGS)
+	$(BIN)/python report/readme.py
 
 q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms where it cannot be had
 	$(BIN)/python hw2-q2.py $(ARGS)
@@ -28,6 +32,10 @@ REAL ?= ../shared/data/oct/kermany_subset.npz
 Q2 := $(BIN)/python hw2-q2.py
 GRID := $(Q2) -grid -seeds 42 43 44 -jobs 2 -resume
 SEEDS := seed42 seed43 seed44
+
+q1-records: $(READY)  ## question 1: make every record that the README quotes
+	$(BIN)/python attention_approx.py
+	$(BIN)/python benchmarks/bench_q1.py -out results/q1-bench.json
 
 q2-records: $(READY)  ## question 2: make every record that the README quotes (REAL=scans.npz)
 	$(GRID) -data phantom -out results/q2/phantom-homework
@@ -45,6 +53,7 @@ q2-records: $(READY)  ## question 2: make every record that the README quotes (R
 	$(BIN)/python benchmarks/bench_q2.py -out results/q2/bench.json
 
 readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
+	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1
 	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
 	$(BIN)/python report/readme.py
 
@@ -55,8 +64,9 @@ lint: $(READY)  ## ruff: lint and format
 test: lint      ## lint and all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY) ## our training loop against the plain one, in one process
-	$(BIN)/python benchmarks/bench_q2.py $(ARGS)
+bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop
+	-$(BIN)/python benchmarks/bench_q1.py
+	-$(BIN)/python benchmarks/bench_q2.py
 
 clean:          ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

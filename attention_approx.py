@@ -1213,6 +1213,8 @@ def run(args: argparse.Namespace) -> None:
     if args.draw:
         return draw_again(args.draw, args.figures or args.draw.parent)
     device = utils.choose_device(args.device)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"-device {device}: memory can be measured on cpu and cuda only")
     torch.set_num_threads(args.threads)
     utils.set_seed(args.seeds[0])
     started = time.perf_counter()

@@ -98,7 +98,61 @@ def q2_speed() -> str:
     )
 
 
-PARTS = {"q2-runs": q2_runs, "q2-transfer": q2_transfer, "q2-counts": q2_counts, "q2-speed": q2_speed}
+def q1_speed() -> str:
+    """Time as a share of fused softmax attention, and what the ways of a reader take."""
+    bench = read("q1-bench.json")
+    lines = [
+        "| D | M | Taylor, forward | Taylor, forward and backward | naive features | softmax by matmul |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dim, result in bench["forward"].items():
+        backward = bench["backward"].get(dim)
+        features = next(
+            row["merged"] for row in read("q1.json")["features"] if (row["dim"], row["num_terms"]) == (int(dim), 3)
+        )
+        shares = [result["ratio"][name] for name in ("Taylor", "naive features", "softmax by matmul")]
+        cells = [f"{share:.2g}" for share in shares]
+        cells.insert(1, f"{backward['ratio']['Taylor']:.2g}" if backward else "")
+        lines.append(f"| {dim} | {features:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def q1_more() -> str:
+    bench, record = read("q1-bench.json"), read("q1.json")
+    bars = {bar["what"]: bar["value"] for bar in bench["bars"]}
+    crossovers = {curve["dim"]: curve["crossover"] for curve in record["costs"]}
+    memory = bench["memory_mib"]
+    return (
+        f"At D = 16 Taylor attention is faster than fused softmax from L = {crossovers[16]:,.0f} on, at D = 64 from "
+        f"{crossovers[64]:,.0f} on ({link('curves', 'q1.json')}). Causal, at D = 64 and L = 8,192, it takes "
+        f"{bars['time, causal, D = 64']:.2f} of the time of fused causal softmax. At L = 16,384 and D = 64 it needs "
+        f"{memory['Taylor']:.0f} MiB beside its input, naive features {memory['naive features']:,.0f} MiB "
+        f"({link('benchmark', 'q1-bench.json')}; medians of {bench['config']['rounds']} interleaved rounds on one "
+        f"thread of a CPU). `make q1` takes {record['seconds'] / 60:.1f} minutes."
+    )
+
+
+def q1_errors() -> str:
+    """Relative error of Z against the deviation of the scores."""
+    errors = read("q1.json")["errors"]
+    terms = list(errors["points"][0]["terms"])
+    lines = [
+        f"| deviation of the scores | mean of V | {' | '.join(f'K = {k}' for k in terms)} |",
+        "|---" * (len(terms) + 2) + "|",
+    ]
+    for point in errors["points"]:
+        if point["deviation"] in (0.125, 0.25, 0.5, 1.0, 2.0):
+            outcomes = [point["terms"][k] for k in terms]
+            cells = [
+                f"{o['error']['mean']:.2g}{' *' if o['runs_with_negative_weights'] else ''}" if o["error"] else "none"
+                for o in outcomes
+            ]
+            lines.append(f"| {point['deviation']:g} | {point['mean_of_v']['mean']:.2g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PARTS = {"q1-speed": q1_speed, "q1-more": q1_more, "q1-errors": q1_errors}
+PARTS |= {"q2-runs": q2_runs, "q2-transfer": q2_transfer, "q2-counts": q2_counts, "q2-speed": q2_speed}
 
 
 def fill(text: str) -> str:

@@ -1,5 +1,6 @@
 """The repository itself: README, requirements, Makefile."""
 
+import importlib
 import json
 import os
 import re
@@ -32,16 +33,18 @@ def test_make_targets_of_the_readme_exist():
     assert named and named <= targets, named - targets
 
 
-def test_flags_of_the_readme_exist(q2, capsys):
-    commands = re.findall(r"python hw2-q2\.py([^`\n#]*)", README)
-    assert len(commands) > 5
+@pytest.mark.parametrize(("script", "least"), [("attention_approx.py", 3), ("hw2-q2.py", 6)])
+def test_flags_of_the_readme_exist(script, least, capsys):
+    module = importlib.import_module(script.removesuffix(".py"))
+    commands = re.findall(rf"python {re.escape(script)}([^`\n#]*)", README)
+    assert len(commands) >= least
     for flags in commands:
         words = flags.replace("...", "x").split()
         if words == ["-h"]:
             continue
-        q2.parse_arguments(words)  # exits on an unknown flag
+        module.parse_arguments(words)  # exits on an unknown flag
     with pytest.raises(SystemExit):
-        q2.parse_arguments(["-no_such_flag"])
+        module.parse_arguments(["-no_such_flag"])
     assert "unrecognized" in capsys.readouterr().err
 
 
@@ -86,6 +89,41 @@ def test_the_benchmark_compares_loops_that_end_alike(tmp_path):
 
 def record(path: str) -> dict:
     return json.loads((ROOT / "results" / "q2" / path).read_text())
+
+
+def test_taylor_attention_keeps_its_bars():
+    """The bars are those of the benchmark itself; here they stand again, so that loosening one is noticed."""
+    bars = {
+        "time, forward, D = 8": 0.015,
+        "time, forward, D = 16": 0.06,
+        "time, forward, D = 32": 0.16,
+        "time, forward, D = 64": 0.45,
+        "time, causal, D = 64": 1.0,
+        "time, forward and backward, D = 16": 0.08,
+        "time, forward and backward, D = 32": 0.15,
+        "time, forward and backward, D = 64": 0.5,
+        "crossover length, D = 64": 3500,
+        "memory, share of naive features, D = 64": 0.1,
+        "time ratio, B = 2 and H = 8 over B = H = 1": 1.25,
+    }
+    bench = json.loads((ROOT / "results" / "q1-bench.json").read_text())
+    assert bench["config"]["scale"] == 1 and bench["threads"] == 1
+    measured = {bar["what"]: bar["value"] for bar in bench["bars"]}
+    assert set(measured) == set(bars)
+    for what, bar in bars.items():
+        assert measured[what] <= bar, what
+
+
+def test_the_recorded_curves_show_where_taylor_attention_pays():
+    record = json.loads((ROOT / "results" / "q1.json").read_text())
+    assert [curve["dim"] for curve in record["costs"]] == [16, 64]
+    for curve in record["costs"]:
+        assert curve["crossover"] < 3500
+    for point in record["errors"]["points"]:
+        errors = [outcome["error"]["mean"] for outcome in point["terms"].values() if outcome["error"]]
+        assert errors == sorted(errors, reverse=True)  # more terms, less error
+        for outcome in point["terms"].values():
+            assert outcome["bound"] is None or outcome["error"]["mean"] <= outcome["bound"]
 
 
 def test_phantoms_are_neither_trivial_nor_hopeless_with_the_default_settings():
