@@ -429,31 +429,30 @@ def _sum_over_features(x: Tensor, s: Tensor, layout: _Layout) -> Tensor:
     return sums
 
 
-def _slope(x: Tensor, w: Tensor, s: Tensor, layout: _Layout) -> Tensor:
+def _gradient_of_tokens(x: Tensor, w: Tensor, s: Tensor, layout: _Layout) -> Tensor:
     """dF/dx_l: x [N, D, L], w [N, E, L], s [N, E, M] -> [N, D, L], back through the products, highest degree first."""
-    slope = torch.zeros_like(x)
+    grad = torch.zeros_like(x)
     if layout.size == 1:
-        return slope
+        return grad
     for sequences, tokens, workspace in _tiles(x, layout):
-        weights, values = s[sequences].mT, w[sequences, :, tokens]
+        s_columns, w_columns = s[sequences].mT, w[sequences, :, tokens]
         workspace.fill(x[sequences, :, tokens])
-        lower_slope = torch.bmm(weights[:, : layout.lower], values)
-
+        grad_lower = torch.bmm(s_columns[:, : layout.lower], w_columns)
         for (rows, top, _), group in zip(workspace.groups, layout.top, strict=True):
-            torch.bmm(weights[:, rows], values, out=top)
+            torch.bmm(s_columns[:, rows], w_columns, out=top)
             for product in group:
-                _pass_back(product, product.unfold(top, rows.start), workspace.lower, lower_slope)
+                _backward_of_product(product, product.unfold(top, rows.start), workspace.lower, grad_lower)
         for product in reversed(layout.products):
-            _pass_back(product, product.unfold(lower_slope), workspace.lower, lower_slope)
-        slope[sequences, :, tokens] = lower_slope[:, 1 : 1 + x.shape[1]]
-    return slope
+            _backward_of_product(product, product.unfold(grad_lower), workspace.lower, grad_lower)
+        grad[sequences, :, tokens] = grad_lower[:, 1 : 1 + x.shape[1]]
+    return grad
 
 
-def _pass_back(product: _Product, out_slope: Tensor, lower: Tensor, lower_slope: Tensor) -> None:
-    """Add to the slopes of a product's factors what the slope of the product (overwritten) means for them."""
+def _backward_of_product(product: _Product, grad_out: Tensor, lower: Tensor, grad_lower: Tensor) -> None:
+    """Add to the gradients of the factors what the gradient of their product (overwritten) gives them."""
     coordinates, others = product.factors(lower)
-    lower_slope[:, product.coordinates] += (out_slope * others).sum(2)
-    lower_slope[:, product.others] += out_slope.mul_(coordinates).sum(1)
+    grad_lower[:, product.coordinates] += (grad_out * others).sum(2)
+    grad_lower[:, product.others] += grad_out.mul_(coordinates).sum(1)
 
 
 class _KeySums(torch.autograd.Function):
@@ -467,15 +466,13 @@ class _KeySums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple:
+    def backward(ctx, grad_output: Tensor) -> tuple:
         k, w = ctx.saved_tensors
-        slope = slope * ctx.layout.weights.to(k)
+        grad_sums = grad_output * ctx.layout.weights.to(k)
         need_k, need_w, _ = ctx.needs_input_grad
-        return (
-            _slope(k, w, slope, ctx.layout) if need_k else None,
-            _sum_over_features(k, slope, ctx.layout) if need_w else None,
-            None,
-        )
+        grad_k = _gradient_of_tokens(k, w, grad_sums, ctx.layout) if need_k else None
+        grad_w = _sum_over_features(k, grad_sums, ctx.layout) if need_w else None
+        return grad_k, grad_w, None
 
 
 class _QueryProducts(torch.autograd.Function):
@@ -489,14 +486,12 @@ class _QueryProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple:
+    def backward(ctx, grad_output: Tensor) -> tuple:
         q, s = ctx.saved_tensors
         need_q, need_s, _ = ctx.needs_input_grad
-        return (
-            _slope(q, slope, s, ctx.layout) if need_q else None,
-            _sum_over_tokens(q, slope, ctx.layout) if need_s else None,
-            None,
-        )
+        grad_q = _gradient_of_tokens(q, grad_output, s, ctx.layout) if need_q else None
+        grad_s = _sum_over_tokens(q, grad_output, ctx.layout) if need_s else None
+        return grad_q, grad_s, None
 
 
 def _features_layout(dim: int, num_terms: int, device: torch.device) -> _Layout:
@@ -586,22 +581,22 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple:
+    def backward(ctx, grad_output: Tensor) -> tuple:
         q, k, w = ctx.saved_tensors
-        q_slope, k_slope, w_slope = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(w)
+        grad_q, grad_k, grad_w = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(w)
         for some, queries, keys, scores, room in _pair_tiles(q, k, ctx.causal):
-            out_slope = slope[some, :, queries]
+            grad_out = grad_output[some, :, queries]
             weights = _series_(scores, ctx.num_terms, out=room)
             if ctx.causal:
                 weights.triu_(keys.start - queries.start)
-            w_slope[some, :, keys].baddbmm_(out_slope, weights.mT)
-            score_slope = _series_(scores, ctx.num_terms - 1, out=room)  # the derivative of P_K is P_{K-1}
-            score_slope.mul_(torch.bmm(w[some, :, keys].mT, out_slope, out=scores))
+            grad_w[some, :, keys].baddbmm_(grad_out, weights.mT)
+            grad_scores = _series_(scores, ctx.num_terms - 1, out=room)  # the derivative of P_K is P_{K-1}
+            grad_scores.mul_(torch.bmm(w[some, :, keys].mT, grad_out, out=scores))
             if ctx.causal:
-                score_slope.triu_(keys.start - queries.start)
-            q_slope[some, :, queries].baddbmm_(k[some, :, keys], score_slope)
-            k_slope[some, :, keys].baddbmm_(q[some, :, queries], score_slope.mT)
-        return q_slope, k_slope, w_slope, None, None
+                grad_scores.triu_(keys.start - queries.start)
+            grad_q[some, :, queries].baddbmm_(k[some, :, keys], grad_scores)
+            grad_k[some, :, keys].baddbmm_(q[some, :, queries], grad_scores.mT)
+        return grad_q, grad_k, grad_w, None, None
 
 
 # ---------------------------------------------------------------------------------------------------
