@@ -14,10 +14,11 @@ time in L² D, and memory in L² where the weights are kept. Instead:
 2. A power of a dot product is a dot product of monomials (multinomial theorem):
        (q·k)^n / n! = sum_{|a|=n} q^a k^a / a!        x^a = x_1^a_1 ... x_D^a_D,  a! = a_1! ... a_D!
    so that P_K(q·k) = phi(q)·phi(k) with the M = C(D+K-1, K-1) features phi_a(x) = x^a / sqrt(a!), |a| < K.
-3. Then Z ~ D^-1 Phi(Q) Phi(K)^T V with D = Diag(Phi(Q) Phi(K)^T 1).
-4. Multiplied from the right, Phi(K)^T V is a matrix of M x D numbers, whatever L is: time in L M D.
+3. Then Z = softmax(Q K^T) V ~ Diag(Phi(Q) Phi(K)^T 1)^-1 Phi(Q) Phi(K)^T V, one query, key and value a row.
+4. Multiplied from the right, Phi(K)^T V has M rows of a value's width, whatever L is: time in L M D.
 
-The approximation is good where the scores are small: the error grows like score^K / K!. For odd K every weight is
+(K alone is the number of terms, D alone the width of queries and keys; in products Q, K, V are the matrices.) The
+approximation is good where the scores are small: the error grows like score^K / K!. For odd K every weight is
 positive; for even K a weight can be negative, which is counted and warned about.
 """
 
@@ -25,6 +26,7 @@ import argparse
 import itertools
 import json
 import math
+import numbers
 import os
 import statistics
 import sys
@@ -33,6 +35,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -77,9 +80,9 @@ def feature_map(x: Tensor, num_terms: int = 3, symmetric: bool = True) -> Tensor
     for degree in range(1, num_terms):
         if symmetric:
             exponents = list(itertools.combinations_with_replacement(range(dim), degree))
-            factorials = [math.prod(math.factorial(a.count(i)) for i in set(a)) for a in exponents]
+            roots = [math.prod(math.factorial(a.count(i)) for i in set(a)) ** -0.5 for a in exponents]
             monomials = x[..., torch.tensor(exponents, device=x.device)].prod(-1)
-            degrees.append(monomials * torch.tensor(factorials, dtype=x.dtype, device=x.device).rsqrt())
+            degrees.append(monomials * torch.tensor(roots, dtype=x.dtype, device=x.device))
         else:
             outer = x[..., :, None] * degrees[-1][..., None, :]
             degrees.append(outer.flatten(-2) / math.sqrt(degree))
@@ -105,13 +108,14 @@ def softmax_attention(
 
     Arguments, shapes and errors as in `taylor_attention`.
     """
-    inputs = _prepare(q, k, v, 1, scale, causal, key_mask)
-    scores = inputs.q.mT @ inputs.k
-    if inputs.keep is not None:
-        scores = scores.masked_fill(~inputs.keep[:, None, :], -math.inf)
-    if causal:
-        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
-    return inputs.restore(inputs.w[:, :-1] @ scores.softmax(-1).mT)
+    inputs = _prepare(q, k, v, scale, causal, key_mask)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = inputs.q.mT @ inputs.k
+        if inputs.keep is not None:
+            scores = scores.masked_fill(~inputs.keep[:, None, :], -math.inf)
+        if causal:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
+        return inputs.restore(inputs.w[:, :-1] @ scores.softmax(-1).mT)
 
 
 def naive_taylor_attention(q: Tensor, k: Tensor, v: Tensor, num_terms: int = 3, *, symmetric: bool = False) -> Tensor:
@@ -127,10 +131,17 @@ def naive_taylor_attention(q: Tensor, k: Tensor, v: Tensor, num_terms: int = 3, 
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _check_scale(scale: float) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a number, not {scale!r}")
+    if not abs(scale) <= sys.float_info.max:
+        raise ValueError("scale must be a finite number")
 
 
 def _check_tensor(name: str, x: Tensor, least_dims: int = 2) -> None:
@@ -140,6 +151,23 @@ def _check_tensor(name: str, x: Tensor, least_dims: int = 2) -> None:
         raise TypeError(f"{name} must be of float64, float32, bfloat16 or float16, not {x.dtype}")
     if x.dim() < least_dims:
         raise ValueError(f"{name} must be {'[..., L, D]' if least_dims == 2 else '[..., D]'}, not {list(x.shape)}")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
+    """The leading dimensions that q, k and v broadcast to. Raises TypeError, ValueError."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
+        if x.dtype != q.dtype or x.device != q.device:
+            raise TypeError(f"q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}: they must be alike")
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(f"q and k must be of one width, at least 1: {shapes}")
+    if k.shape[-2] != v.shape[-2] or k.shape[-2] == 0:
+        raise ValueError(f"k and v must be of one length, at least 1: {shapes}")
+    try:
+        return torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    except RuntimeError:
+        raise ValueError(f"the leading dimensions do not fit together: {shapes}") from None
 
 
 @dataclass
@@ -164,49 +192,35 @@ def _prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    num_terms: int,
     scale: float = 1.0,
     causal: bool = False,
     key_mask: Tensor | None = None,
     center: bool = False,
 ) -> _Inputs:
-    """Check everything that a caller can get wrong. Raises TypeError, ValueError."""
-    _check_count("num_terms", num_terms)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x)
-        if x.dtype != q.dtype or x.device != q.device:
-            raise TypeError(f"q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}: they must be alike")
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
-        raise ValueError(f"q and k must be of one width, at least 1: {shapes}")
-    if k.shape[-2] != v.shape[-2] or k.shape[-2] == 0:
-        raise ValueError(f"k and v must be of one length, at least 1: {shapes}")
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, not {scale!r}")
+    """Check everything that a caller can get wrong and bring it to one form. Raises TypeError, ValueError."""
+    batch = _check_shapes(q, k, v)
+    _check_scale(scale)
     if center and causal:
         raise ValueError("center=True needs the mean of all keys, which causal=True must not see")
-    try:
-        batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    except RuntimeError:
-        raise ValueError(f"the leading dimensions do not fit together: {shapes}") from None
     keep = _check_mask(key_mask, batch, k)
     seen = _count_seen(keep, q, k, causal)
 
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     flat = [x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (q, k, v)]
-    columns = [x.to(accumulate).mT for x in flat]
-    ones = columns[2].new_ones(columns[2].shape[0], 1, columns[2].shape[2])
-    columns[2] = torch.cat([columns[2], ones], 1)
+    queries, keys, values = (x.to(accumulate).mT for x in flat)
+    w = torch.cat([values, values.new_ones(values.shape[0], 1, values.shape[2])], 1)
     if scale != 1:
-        columns[0] = columns[0] * scale
+        queries = queries * float(scale)
     if keep is not None:  # NaN in a masked key must not matter either
-        columns[1:] = [x.masked_fill(~keep[:, None], 0) for x in columns[1:]]
-    columns = [x.contiguous() for x in columns]
-    largest = _largest(*columns)
+        keys, w = (x.masked_fill(~keep[:, None], 0) for x in (keys, w))
+    queries, keys = queries.contiguous(), keys.contiguous()
+    largest = _largest(queries, keys, w)
     if center:
-        columns[1] = columns[1] - columns[1].sum(-1, keepdim=True) / seen[:, None]
-        largest = (largest[0], 2 * largest[1], largest[2])
-    return _Inputs(*columns, keep, seen, largest, batch, q.dtype)
+        keys = keys - keys.sum(-1, keepdim=True) / seen[:, None]
+        if keep is not None:
+            keys = keys.masked_fill(~keep[:, None], 0)
+        largest = _largest(queries, keys, w)
+    return _Inputs(queries, keys, w, keep, seen, largest, batch, q.dtype)
 
 
 def _check_mask(key_mask: Tensor | None, batch: torch.Size, k: Tensor) -> Tensor | None:
@@ -215,11 +229,14 @@ def _check_mask(key_mask: Tensor | None, batch: torch.Size, k: Tensor) -> Tensor
         return None
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         raise TypeError("key_mask must be a tensor of bool: True where the key takes part")
+    wanted = torch.Size([*batch, k.shape[-2]])
     try:
-        return key_mask.to(k.device).expand(*batch, k.shape[-2]).reshape(batch.numel(), k.shape[-2])
+        if key_mask.shape[-1:] != wanted[-1:]:
+            raise RuntimeError
+        return key_mask.to(k.device).expand(wanted).reshape(batch.numel(), k.shape[-2])
     except RuntimeError:
-        wanted = [*batch, k.shape[-2]]
-        raise ValueError(f"key_mask must fit {wanted} (leading dimensions, keys), not {list(key_mask.shape)}") from None
+        shape = list(key_mask.shape)
+        raise ValueError(f"key_mask must fit {list(wanted)} (leading dimensions, keys), not {shape}") from None
 
 
 def _count_seen(keep: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tensor:
@@ -247,10 +264,12 @@ def _largest(q: Tensor, k: Tensor, w: Tensor) -> tuple[float, float, float]:
         tops = [x.square().sum(1).amax().sqrt() if x.numel() else x.new_zeros(()) for x in (q, k)]
         tops.append(w.abs().amax() if w.numel() else w.new_zeros(()))
         largest = torch.stack(tops).tolist()  # one wait for the device
-    for name, x, top in zip("qkv", (q, k, w), largest, strict=True):
-        if not math.isfinite(top):
-            bad = int((~x.isfinite()).sum())
-            raise ValueError(f"{name} holds {bad} NaN or infinite numbers" if bad else f"{name} overflows {x.dtype}")
+        for i, (name, x) in enumerate(zip("qkv", (q, k, w), strict=True)):
+            if not math.isfinite(largest[i]):
+                bad = int((~x.isfinite()).sum())
+                if bad:
+                    raise ValueError(f"{name} holds {bad} NaN or infinite numbers")
+                largest[i] = float(torch.linalg.vector_norm(x.double(), dim=1).amax())  # only the squares overflowed
     return tuple(largest)
 
 
@@ -287,7 +306,7 @@ class _Layout:
     """The order of the features: the constant 1, the coordinates, then the products degree by degree."""
 
     size: int  # all features
-    lower: int  # of the degrees 0 to max(1, K-2), of which the products are made; the highest degree is never held
+    lower: int  # those held for a tile: all but the highest degree (up to K = 2 all), the factors of the products
     products: list[_Product]  # the degrees 2 to K-2
     top: list[list[_Product]]  # the degree K-1 in groups, each made and used at once
     weights: Tensor  # [size], float64: what each feature counts in the sum over all features
@@ -494,14 +513,21 @@ class _QueryProducts(torch.autograd.Function):
         return grad_q, grad_s, None
 
 
-def _features_layout(dim: int, num_terms: int, device: torch.device) -> _Layout:
+def _features_fit(num_terms: int, dtype: torch.dtype) -> bool:
+    """Whether the smallest weight of a feature, 1/(K-1)!, is a normal number of the dtype of the sums."""
+    return math.lgamma(num_terms) < -math.log(torch.finfo(dtype).tiny)
+
+
+def _features_layout(dim: int, num_terms: int, like: Tensor) -> _Layout:
+    if not _features_fit(num_terms, like.dtype):
+        raise ValueError(f"{num_terms} terms are too many for features in {like.dtype}: their weights 1/n! vanish")
     # Blocks of four beat single coordinates at three terms; with more terms the repeated monomials cost more.
-    return _layout(dim, num_terms, 4 if num_terms <= 3 else 1, _TILES.get(device.type, _TILES_GPU)[0])
+    return _layout(dim, num_terms, 4 if num_terms <= 3 else 1, _TILES.get(like.device.type, _TILES_GPU)[0])
 
 
 def _linear_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """sum_j P_K(q_i·k_j) w_j by features: q [N, D, Lq], k [N, D, Lk], w [N, E, Lk] -> [N, E, Lq]."""
-    layout = _features_layout(q.shape[1], num_terms, q.device)
+    layout = _features_layout(q.shape[1], num_terms, q)
     return _QueryProducts.apply(q, _KeySums.apply(k, w, layout), layout)
 
 
@@ -510,8 +536,8 @@ CAUSAL_CHUNK = 1024  # tokens
 
 def _causal_linear_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """The same over j <= i: directly within a chunk, by features for the running sums over the chunks before."""
-    layout = _features_layout(q.shape[1], num_terms, q.device)
-    chunks, before = [], None
+    layout = _features_layout(q.shape[1], num_terms, q)
+    chunks, before = [q.new_zeros(q.shape[0], w.shape[1], 0)], None
     for first in range(0, q.shape[2], CAUSAL_CHUNK):
         q_chunk, k_chunk, w_chunk = (x[:, :, first : first + CAUSAL_CHUNK] for x in (q, k, w))
         sums = _PairSums.apply(q_chunk, k_chunk, w_chunk, num_terms, True)
@@ -620,35 +646,43 @@ def taylor_attention(
     """Attention with P_K(scale · q·k) in place of exp(scale · q·k), K = num_terms; any K >= 1 (K = 1: the mean of v).
 
     q [..., Lq, D], k [..., Lk, D], v [..., Lk, E] -> [..., Lq, E], in the dtype of q; the leading dimensions
-    broadcast. Sums are accumulated in float32, or in float64 for float64. Once differentiable.
+    broadcast. Sums are accumulated in float32, or in float64 for float64. Differentiable once, in reverse mode.
 
     scale     multiplies the scores; 1 as in the homework, D**-0.5 in a transformer.
     causal    query i sees the keys 0 to i only (all of them if there are fewer), as scaled_dot_product_attention does.
-    key_mask  [..., Lk] bool, True where the key takes part; the others count as if they were not there.
+    key_mask  [..., Lk] bool, True where the key takes part; the others count as if they were not there. The leading
+              dimensions broadcast: [B, 1, Lk] for B sequences of several heads.
     center    subtract the mean key: softmax attention stays the same, and the scores get smaller where the keys
               share an offset. Not with causal.
     method    "features": time linear in the length, for any length; "direct": over all pairs, faster for short
-              sequences; "auto": the faster of both.
+              sequences; "auto": the faster of both, but "direct" where the rounding of features might exceed 1 % of
+              the largest value (|q||k| far larger than the scores; from about 70 on in float32 with three terms).
 
     For odd K all weights are positive. For even K a weight is negative where a score lies below the root of P_K:
     a RuntimeWarning gives their number (counting looks at pairs that are long enough to get there: up to
-    quadratic time). Raises ValueError if a denominator vanishes or is negative, or cannot be told from 0 in the
-    dtype of the sums; for NaN or infinite input, shapes that do not fit, num_terms < 1, a mask that leaves a query
-    without keys; TypeError for other dtypes than float64, float32, bfloat16, float16, or mixed ones.
+    quadratic time). Raises ValueError if denominators are negative, vanish within rounding or overflow; for NaN or
+    infinite input, shapes that do not fit, num_terms < 1, a mask that leaves a query without keys; TypeError for
+    other dtypes than float64, float32, bfloat16, float16, or mixed ones.
     """
+    _check_count("num_terms", num_terms)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    inputs = _prepare(q, k, v, num_terms, scale, causal, key_mask, center)
-    if num_terms % 2 == 0:
-        _warn_of_negative_weights(inputs, num_terms, causal)
+    inputs = _prepare(q, k, v, scale, causal, key_mask, center)
     with torch.autocast(q.device.type, enabled=False):  # sums need the precision
-        if method == "direct" or (method == "auto" and _pairs_are_faster(q, k, num_terms, causal)):
-            sums = _PairSums.apply(inputs.q, inputs.k, inputs.w, num_terms, causal)
-        elif causal:
-            sums = _causal_linear_sums(inputs.q, inputs.k, inputs.w, num_terms)
-        else:
-            sums = _linear_sums(inputs.q, inputs.k, inputs.w, num_terms)
-    return inputs.restore(_divide(sums, inputs.q, inputs.seen, inputs.largest, num_terms))
+        negative = _negative_weights(inputs, num_terms, causal) if num_terms % 2 == 0 else None
+        if method == "features" or (method == "auto" and _features_are_faster(inputs, num_terms, causal)):
+            attend = _causal_linear_sums if causal else _linear_sums
+            sums = attend(inputs.q, inputs.k, inputs.w, num_terms)
+            bad = _count_imprecise(sums, inputs, lambda: _longest_seen_key(inputs, causal), num_terms)
+            if bad == 0:
+                return _finish(sums, inputs, num_terms)
+            if method == "features":
+                raise ValueError(_too_large(bad, sums, num_terms) + '; method="direct" loses less')
+        sums = _PairSums.apply(inputs.q, inputs.k, inputs.w, num_terms, causal)
+        bad = _count_unusable(sums, inputs, negative)
+        if bad:
+            raise ValueError(_too_large(bad, sums, num_terms))
+        return _finish(sums, inputs, num_terms)
 
 
 def crossover_length(dim: int, num_terms: int) -> float:
@@ -657,97 +691,135 @@ def crossover_length(dim: int, num_terms: int) -> float:
     All pairs cost L² D operations and features L M D, so the length is in proportion to M; the constant stands for
     what a call costs besides, which is more where the lower features are computed tile by tile.
     """
-    return (350 if num_terms <= 3 else 500) + 0.9 * num_features(dim, num_terms)
+    return (350 if num_terms <= 3 else 500) + 0.9 * min(num_features(dim, num_terms), 2**60)
 
 
-def _pairs_are_faster(q: Tensor, k: Tensor, num_terms: int, causal: bool) -> bool:
-    num_queries, num_keys = q.shape[-2], k.shape[-2]
+def _features_are_faster(inputs: _Inputs, num_terms: int, causal: bool) -> bool:
+    num_queries, num_keys = inputs.q.shape[2], inputs.k.shape[2]
     length = 2 * num_queries * num_keys / max(1, num_queries + num_keys)  # what counts is pairs over tokens
-    return (length / 2 if causal else length) < crossover_length(q.shape[-1], num_terms)
+    crossover = crossover_length(inputs.q.shape[1], num_terms) * (2 if causal else 1)
+    return length >= crossover and _features_fit(num_terms, inputs.q.dtype)
 
 
-def _divide(sums: Tensor, queries: Tensor, seen: Tensor, largest: tuple[float, float, float], num_terms: int) -> Tensor:
-    """Sums [N, E + 1, L] -> their first E rows over the last one, as [N, E, L].
+# ---------------------------------------------------------------------------------------------------
+# Never quietly wrong
 
-    Raises ValueError if a denominator is not clearly positive, or if a sum overflowed.
+
+TOLERANCE = 0.01  # what rounding may change in the result, as a share of the largest value, in the worst case
+ROUNDING = 16  # the worst case in units of eps: 13 was the largest error found, for equal keys, whose errors add up
+
+
+def _too_large(bad: int, sums: Tensor, num_terms: int) -> str:
+    return (
+        f"{bad} of {sums[:, -1].numel()} denominators are negative, vanish within rounding or overflow: "
+        f"the scores are too large for {num_terms} terms in {sums.dtype}; scale them down"
+        + ("" if num_terms % 2 else " or take an odd number of terms")
+    )
+
+
+def _longest_seen_key(inputs: _Inputs, causal: bool) -> Tensor:
+    """The norm of the longest key that each query sees, [N, Lq or 1]."""
+    norms = torch.linalg.vector_norm(inputs.k, dim=1)
+    if not causal:
+        return norms.amax(-1, keepdim=True)
+    last = torch.arange(inputs.q.shape[2], device=norms.device).clamp(max=norms.shape[1] - 1)
+    return norms.cummax(-1).values[:, last]
+
+
+@torch.no_grad()
+def _count_imprecise(sums: Tensor, inputs: _Inputs, longest_key: Callable[[], Tensor | float], num_terms: int) -> int:
+    """For how many queries the rounding of the feature form may exceed TOLERANCE.
+
+    A score is a sum of products of coordinates, and its powers are expanded too: what cancels there leaves an error
+    of up to ROUNDING · eps · P_K(|q| |k|) in the mean weight. `longest_key` is called only where the longest query
+    and key of all do not settle it.
     """
-    numerator, denominator = sums[:, :-1], sums[:, -1:]
-    if denominator.numel():
-        with torch.no_grad():
-            _check_denominators(denominator[:, 0] / seen, queries, largest, num_terms)
-            _check_overflow(sums, float(seen.max()), largest, num_terms)
-    return numerator / denominator
+    if sums[:, -1].numel() == 0:
+        return 0
+    means = sums[:, -1] / inputs.seen
+    share = ROUNDING * torch.finfo(sums.dtype).eps / TOLERANCE
+    smallest, biggest = (float(extreme) for extreme in means.aminmax())
+    if smallest > share * exp_series(inputs.largest[0] * inputs.largest[1], num_terms) and biggest < math.inf:
+        return 0  # NaN does not get through here
+    limits = share * exp_series(torch.linalg.vector_norm(inputs.q, dim=1) * longest_key(), num_terms)
+    return int((~((means > limits) & means.isfinite())).sum())
 
 
-def _check_denominators(mean_weights: Tensor, queries: Tensor, largest: tuple[float, float, float], num_terms: int):
-    """Raise ValueError for mean weights that are not positive beyond what rounding may have done to them.
+@torch.no_grad()
+def _count_unusable(sums: Tensor, inputs: _Inputs, negative: Tensor | None) -> int:
+    """How many denominators are not finite, not positive, or drown in what weights of both signs cancel (even K)."""
+    denominators = sums[:, -1]
+    limits = 0.0
+    if negative is not None:
+        magnitudes = denominators + 2 * negative  # the sum of the absolute weights
+        limits = ROUNDING * torch.finfo(sums.dtype).eps / TOLERANCE * magnitudes
+    return int((~((denominators > limits) & denominators.isfinite())).sum())
 
-    The terms of a weight may cancel; rounding errors are in proportion to the sum of their absolute values, which
-    is at most P_K(|q| |k|).
+
+def _finish(sums: Tensor, inputs: _Inputs, num_terms: int) -> Tensor:
+    """Sums [N, E + 1, Lq] -> their first E rows over the last one, [..., Lq, E]. Raises ValueError on overflow.
+
+    With positive weights a result lies between the values, so that only the sums can overflow; they are looked at
+    where the sizes of the input do not rule that out.
     """
-    longest_query, longest_key, _ = largest
-    eps = torch.finfo(mean_weights.dtype).eps
-    smallest, largest_weight = (float(extreme) for extreme in mean_weights.aminmax())
-    if smallest > eps * exp_series(longest_query * longest_key, num_terms) and largest_weight < math.inf:
-        return  # NaN does not get through here
-    noise = eps * exp_series(torch.linalg.vector_norm(queries, dim=1) * longest_key, num_terms)
-    bad = int((~((mean_weights > noise) & mean_weights.isfinite())).sum())
-    if bad:
-        raise ValueError(
-            f"{bad} of {mean_weights.numel()} denominators are negative, vanish within rounding or overflow: "
-            f"the scores are too large for {num_terms} terms in {mean_weights.dtype}; scale them down, center the keys"
-            + ("" if num_terms % 2 else ", or take an odd number of terms")
-        )
-
-
-def _check_overflow(sums: Tensor, num_keys: float, largest: tuple[float, float, float], num_terms: int) -> None:
-    """Raise ValueError for infinite sums; looks at them only where the sizes of the input do not rule it out."""
-    sizes = [math.log(max(1.0, size)) for size in largest]
+    z = inputs.restore(sums[:, :-1] / sums[:, -1:])
+    if z.numel() == 0:
+        return z
+    sizes = [math.log(max(1.0, size)) for size in inputs.largest]
+    num_keys = float(inputs.seen.max())
     log_of_largest = (num_terms - 1) * (sizes[0] + sizes[1]) + sizes[2] + math.log(num_keys * num_terms)
-    if log_of_largest > math.log(torch.finfo(sums.dtype).max):
-        bad = int((~sums.isfinite()).sum())
+    if num_terms % 2 == 0 or log_of_largest > math.log(torch.finfo(z.dtype).max):
+        bad = int((~z.isfinite()).sum())
         if bad:
-            raise ValueError(f"{bad} sums overflow {sums.dtype}: scale q, k or v down")
+            raise ValueError(f"{bad} numbers of the result overflow {sums.dtype} or {z.dtype}: scale q, k or v down")
+    return z
 
 
+@lru_cache
 def _negative_root(num_terms: int) -> float:
-    """The only real root of P_K for even K: below it the weight is negative. By bisection."""
-    low, high = -float(num_terms), 0.0
-    for _ in range(60):
+    """The only real root of P_K for even K, below which a weight is negative. By bisection on exact fractions."""
+    low, high = Fraction(-num_terms), Fraction(0)
+    for _ in range(50):
         middle = (low + high) / 2
         if exp_series(middle, num_terms) < 0:
             low = middle
         else:
             high = middle
-    return high
+    return float(high)
 
 
-def _warn_of_negative_weights(inputs: _Inputs, num_terms: int, causal: bool) -> None:
-    """Count the weights below zero among the pairs that |q|·|k| does not rule out."""
+@torch.no_grad()
+def _negative_weights(inputs: _Inputs, num_terms: int, causal: bool) -> Tensor | None:
+    """Warn of weights below zero; returns the sum of their absolute values for each query [N, Lq], None without any.
+
+    Only queries and keys that are long enough to get below the root are looked at.
+    """
     root = _negative_root(num_terms)
     if inputs.largest[0] * inputs.largest[1] < -root:
-        return
-    negative = 0
-    with torch.no_grad():
-        for number, (q, k) in enumerate(zip(inputs.q, inputs.k, strict=True)):
-            q_norms, k_norms = (torch.linalg.vector_norm(x, dim=0) for x in (q, k))
-            eligible = k_norms * q_norms.amax() >= -root
-            if inputs.keep is not None:
-                eligible &= inputs.keep[number]
-            keys = eligible.nonzero()[:, 0]
-            queries = (q_norms * k_norms.amax() >= -root).nonzero()[:, 0]
-            for some in queries.split(1024):
-                below = q[:, some].mT @ k[:, keys] < root
-                if causal:
-                    below &= keys <= some[:, None]
-                negative += int(below.sum())
-    if negative:
-        warnings.warn(
-            f"{negative} weights are negative: their scores lie below {root:.3f}, where {num_terms} terms of the "
-            "series are negative; use an odd number of terms or smaller scores",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        return None
+    count, sums = 0, inputs.q.new_zeros(inputs.q.shape[0], inputs.q.shape[2])
+    for q, k, query_sums in zip(inputs.q, inputs.k, sums, strict=True):
+        q_norms, k_norms = (torch.linalg.vector_norm(x, dim=0) for x in (q, k))
+        if q_norms.numel() == 0:
+            continue
+        keys = (k_norms * q_norms.amax() >= -root).nonzero()[:, 0]
+        queries = (q_norms * k_norms.amax() >= -root).nonzero()[:, 0]
+        for some in queries.split(1024):
+            scores = q[:, some].mT @ k[:, keys]
+            below = scores < root
+            if causal:
+                below &= keys <= some[:, None]
+            count += int(below.sum())
+            query_sums[some] = -exp_series(scores, num_terms).masked_fill(~below, 0).sum(-1)
+    if count == 0:
+        return None
+    warnings.warn(
+        f"{count} weights are negative: their scores lie below {root:.3f}, where {num_terms} terms of the series "
+        "are negative; use an odd number of terms or smaller scores",
+        RuntimeWarning,
+        stacklevel=4,  # the caller of taylor_attention; no_grad is a frame too
+    )
+    return sums
 
 
 class TaylorState:
@@ -758,12 +830,13 @@ class TaylorState:
             z = state.update(k, v).query(q)            # [..., 1, E]: attention over all keys so far
 
     Token by token this is taylor_attention(..., causal=True); keys of a longer update are all seen by the next query.
-    For even K the keys are gone when a query comes, so the warning counts the queries for which a negative weight
-    cannot be ruled out. Errors as in `taylor_attention`.
+    The leading dimensions must stay the same. For even K the keys are gone when a query comes, so the warning counts
+    the queries for which a negative weight cannot be ruled out. Errors as in `taylor_attention` by features.
     """
 
     def __init__(self, num_terms: int = 3, *, scale: float = 1.0):
         _check_count("num_terms", num_terms)
+        _check_scale(scale)
         self.num_terms, self.scale = num_terms, scale
         self.num_keys = 0
         self.sums: Tensor | None = None  # [N, E + 1, M]: the features of the keys times the values and ones
@@ -772,12 +845,13 @@ class TaylorState:
 
     def update(self, k: Tensor, v: Tensor) -> "TaylorState":
         """Add keys [..., n, D] and values [..., n, E]; returns the state."""
-        inputs = _prepare(k, k, v, self.num_terms)
+        _check_tensor("k", k)
+        inputs = _prepare(k[..., :0, :], k, v)
         kind = tuple(inputs.batch), k.shape[-1], v.shape[-1], k.dtype
         if self._kind not in (None, kind):
             raise ValueError(f"the state holds (leading dimensions, D, E, dtype) {self._kind}, not {kind}")
         with torch.autocast(k.device.type, enabled=False):
-            sums = _KeySums.apply(inputs.k, inputs.w, _features_layout(k.shape[-1], self.num_terms, k.device))
+            sums = _KeySums.apply(inputs.k, inputs.w, _features_layout(k.shape[-1], self.num_terms, inputs.k))
         self.sums = sums if self.sums is None else self.sums + sums
         self._kind = kind
         self.num_keys += k.shape[-2]
@@ -789,24 +863,31 @@ class TaylorState:
         """Attention of the queries [..., n, D] over all keys so far, [..., n, E]. The state stays as it is."""
         if self.sums is None:
             raise ValueError("no keys yet: call update(k, v) first")
-        inputs = _prepare(q, q, q, self.num_terms, self.scale)
+        _check_tensor("q", q)
         batch, dim, _, dtype = self._kind
-        if (tuple(inputs.batch), q.shape[-1], q.dtype) != (batch, dim, dtype):
+        if (tuple(q.shape[:-2]), q.shape[-1], q.dtype) != (batch, dim, dtype):
             raise ValueError(f"q {list(q.shape)} of {q.dtype} does not fit the state's {[*batch, 'n', dim]} of {dtype}")
-        largest = inputs.largest[0], self._longest_key, self._largest_value
+        inputs = _prepare(q, q.new_zeros(1, dim), q.new_zeros(1, 1), self.scale)  # the keys are in the sums
+        inputs.seen = torch.full_like(inputs.seen, self.num_keys)
+        inputs.largest = inputs.largest[0], self._longest_key, self._largest_value
         if self.num_terms % 2 == 0:
-            reach = torch.linalg.vector_norm(inputs.q, dim=1) * self._longest_key
-            doubtful = int((reach > -_negative_root(self.num_terms)).sum())
-            if doubtful:
-                warnings.warn(
-                    f"weights of {doubtful} queries may be negative: an even number of terms needs small scores",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self._warn_of_negative_weights(inputs.q)
         with torch.autocast(q.device.type, enabled=False):
-            sums = _QueryProducts.apply(inputs.q, self.sums, _features_layout(dim, self.num_terms, q.device))
-        seen = torch.tensor([[float(self.num_keys)]], dtype=sums.dtype, device=sums.device)
-        return inputs.restore(_divide(sums, inputs.q, seen, largest, self.num_terms))
+            sums = _QueryProducts.apply(inputs.q, self.sums, _features_layout(dim, self.num_terms, inputs.q))
+            bad = _count_imprecise(sums, inputs, lambda: self._longest_key, self.num_terms)
+            if bad:
+                raise ValueError(_too_large(bad, sums, self.num_terms))
+            return _finish(sums, inputs, self.num_terms)
+
+    def _warn_of_negative_weights(self, queries: Tensor) -> None:
+        reach = torch.linalg.vector_norm(queries.detach(), dim=1) * self._longest_key
+        doubtful = int((reach > -_negative_root(self.num_terms)).sum())
+        if doubtful:
+            warnings.warn(
+                f"weights of {doubtful} queries may be negative: an even number of terms needs small scores",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -822,32 +903,34 @@ def error_bound(q: Tensor, k: Tensor, v: Tensor, num_terms: int = 3, *, scale: f
 
         |z_hat - z| <= tanh(ln(max_j r(t_j) / min_j r(t_j)) / 4) · max_{i,j} |v_i - v_j|
 
-    Two keys attain it. r falls strictly for odd K, so that there the extreme scores decide; for even K the bound is
-    infinite where a weight is not positive. Rounding in the attention itself is not part of it.
+    Two different scores, each with a suitable number of keys, attain it. r falls strictly for odd K, so that there
+    the extreme scores decide; for even K the bound is infinite where a weight is not positive. Rounding is no part
+    of it: neither that of the attention nor its own, about 1e-16 of the diameter for scores around 1.
     """
-    inputs = _prepare(q, k, v, num_terms, scale)
-    queries, keys, values = (x.detach().double().mT for x in (inputs.q, inputs.k, inputs.w[:, :-1]))
-    diameter = _diameter(values)
-    shares = []
-    for some in queries.split(256, dim=1):
-        scores = some @ keys.mT
-        weights = exp_series(scores, num_terms)
-        log_ratio = weights.clamp(min=0).log() - scores
-        share = torch.tanh((log_ratio.amax(-1) - log_ratio.amin(-1)) / 4)
-        shares.append(share.masked_fill((weights <= 0).any(-1), math.inf))
-    bound = torch.cat(shares, 1) * diameter[:, None]
-    return bound.reshape(*inputs.batch, -1)
+    _check_count("num_terms", num_terms)
+    inputs = _prepare(q, k, v, scale)
+    bounds = inputs.q.new_empty(inputs.q.shape[0], inputs.q.shape[2], dtype=torch.float64)
+    for bound, *sequence in zip(bounds, inputs.q, inputs.k, inputs.w[:, :-1], strict=True):
+        queries, keys, values = (x.detach().double().T for x in sequence)
+        diameter = _diameter(values)
+        for rows, some in zip(bound.split(256), queries.split(256), strict=True):
+            scores = some @ keys.T
+            weights = exp_series(scores, num_terms)
+            log_ratio = weights.clamp(min=0).log() - scores
+            share = torch.tanh((log_ratio.amax(-1) - log_ratio.amin(-1)) / 4)
+            rows.copy_((share * diameter).masked_fill((weights <= 0).any(-1), math.inf))
+    return bounds.reshape(*inputs.batch, inputs.q.shape[2])
 
 
 def _diameter(v: Tensor) -> Tensor:
-    """The largest distance between two rows of v [N, L, E] -> [N]."""
-    v = v - v.mean(-2, keepdim=True)  # distances from sums of squares lose nothing of the largest one after this
+    """The largest distance between two rows of v [L, E]."""
+    v = v - v.mean(0)  # distances from sums of squares lose nothing of the largest one after this
     squares = v.square().sum(-1)
     tops = [
-        (squares[:, first : first + 256, None] + squares[:, None] - 2 * v[:, first : first + 256] @ v.mT).amax((1, 2))
-        for first in range(0, v.shape[1], 256)
+        (squares[first : first + 256, None] + squares - 2 * v[first : first + 256] @ v.T).amax()
+        for first in range(0, len(v), 256)
     ]
-    return torch.stack(tops).amax(0).clamp(min=0).sqrt()
+    return torch.stack(tops).amax().clamp(min=0).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -901,7 +984,7 @@ def try_approximation(q: Tensor, k: Tensor, v: Tensor, num_terms: int, exact: Te
             error = relative_error(taylor_attention(q, k, v, num_terms), exact)
         except ValueError:
             error = None
-    return {"error": error, "negative": bool(caught) or error is None}
+    return {"error": error, "negative": bool(caught)}
 
 
 def summarise(point: dict) -> dict:
@@ -1066,7 +1149,7 @@ def print_costs(record: dict) -> None:
 def crossover_sentence(curve: dict) -> str:
     if curve["crossover"] is None:
         faster = curve["points"][-1]["ms"][TAYLOR] < curve["points"][-1]["ms"][SOFTMAX]
-        return f"D = {curve['dim']}: Taylor is {'faster at all' if faster else 'not faster at the'} lengths measured"
+        return f"D = {curve['dim']}: Taylor is {'faster at all lengths' if faster else 'not faster at the longest'}"
     return f"D = {curve['dim']}: Taylor is faster than fused softmax from L = {curve['crossover']:,.0f} on"
 
 
@@ -1172,27 +1255,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = utils.Parser(
         prog="attention_approx.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, positive = parser.add_argument, number(float, 0, low_fits=False)
-    add("-quick", action="store_true", help="short sequences and few repetitions, in seconds")
-    add("-lengths", type=number(int, 2, 2**20), nargs="+", metavar="L", help="of time and memory (256 to 16384)")
+    add, count, seed = parser.add_argument, number(int, 1), number(int, 0, 2**32)
+    add("-quick", action="store_true", help="short sequences (128 to 1024, errors at 256), 2 seeds, 3 rounds")
     add(
-        "-dims",
-        type=number(int, 1, 1025),
-        nargs="+",
-        metavar="D",
-        help="of time and memory; errors: the largest (16 64)",
+        "-lengths", type=number(int, 2, 2**20), nargs="+", metavar="L", help="of the cost curves (default 256 to 16384)"
     )
-    add("-terms", type=number(int, 1, 21), nargs="+", metavar="K", help="of tables and errors (2 to 6)")
-    add("-dtype", choices=DTYPES, help="of q, k and v (float32)")
-    add("-deviations", type=positive, nargs="+", metavar="S", help="standard deviations of the scores (1/16 to 4)")
-    add("-error_length", type=number(int, 2, 2**15), metavar="L", help="of the sequences whose error is taken (1024)")
-    add("-seeds", type=number(int, 0, 2**32), nargs="+", help="of the random q, k and v (42 to 46)")
-    add("-rounds", type=number(int, 1), help="of timing, medians count (7)")
-    add("-device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
-    add("-threads", type=number(int, 1, 1025), default=1, help="CPU threads (1)")
-    add("-out", type=Path, help="the record (results/q1.json; with other settings in a new folder under runs/)")
-    add("-figures", type=Path, help="folder of the figures (report/figures/q1; with other settings beside the record)")
-    add("-draw", type=Path, metavar="RECORD", help="only draw the figures of a record again")
+    add("-dims", type=number(int, 1, 1025), nargs="+", metavar="D", help="of the curves; errors: the largest (16 64)")
+    add("-terms", type=number(int, 1, 21), nargs="+", metavar="K", help="of the table and the errors (2 3 4 5 6)")
+    add("-dtype", choices=DTYPES, help="of q, k and v (default float32)")
+    deviation = number(float, 0, 1000, low_fits=False)
+    add("-deviations", type=deviation, nargs="+", metavar="S", help="of the scores whose error is taken (1/16 to 4)")
+    add("-error_length", type=number(int, 2, 2**15), metavar="L", help="length for the errors (default 1024)")
+    add("-seeds", type=seed, nargs="+", metavar="SEED", help="of the draws that an error is the mean of (42 to 46)")
+    add("-rounds", type=count, help="of the timing, whose medians count (default 7)")
+    add("-device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
+    add("-threads", type=number(int, 1, 1025), default=1, help="CPU threads (default 1)")
+    add("-out", type=Path, metavar="RECORD", help="results/q1.json, or a new folder under runs/ for other settings")
+    add("-figures", type=Path, metavar="FOLDER", help="report/figures/q1, or beside the record for other settings")
+    add("-draw", type=Path, metavar="RECORD", help="only draw a record's figures again, into -figures or beside it")
     args = parser.parse_args(arguments)
     for name, value in (QUICK if args.quick else RECORDED).items():
         if getattr(args, name) is None:
@@ -1218,6 +1298,8 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or (Path("results/q1.json") if recorded else home / "record.json")
     figures = args.figures or (Path("report/figures/q1") if recorded and not args.out else out.parent)
 
+    if not out.name or out.is_dir():
+        raise InputError(f"-out {out}: is a folder; name the record's file")
     for folder in (out.parent, figures):
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before it is measured
 

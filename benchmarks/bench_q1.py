@@ -199,9 +199,9 @@ def judge(record: dict, scale: float) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-rounds", type=utils.number(int, 1), default=9)
-    parser.add_argument("-scale", type=utils.number(float, 0, 2), default=1.0, help="of all lengths")
+    parser.add_argument("-scale", type=utils.number(float, 0, 2, low_fits=False), default=1.0, help="of all lengths")
     parser.add_argument("-out", type=Path, help="write a record")
     args = parser.parse_args()
 

@@ -162,6 +162,8 @@ def test_nothing_in_nothing_out():
     q, k, v = tokens(4, 6, 3, 2, batch=(2,))
     assert taylor_attention(q[:, :0], k, v).shape == (2, 0, 2)
     assert taylor_attention(q[:0], k[:0], v[:0]).shape == (0, 4, 2)
+    for num_terms in (3, 4):
+        assert taylor_attention(q[:, :0], k, v, num_terms, causal=True, method="features").shape == (2, 0, 2)
 
 
 def test_one_term_is_the_mean_of_v():
@@ -209,9 +211,15 @@ def test_half_precision_is_summed_in_float32(dtype, method):
 
 def test_autocast_does_not_touch_the_sums():
     q, k, v = tokens(600, 600, 8, 4, dtype=torch.float32)
-    plain = [taylor_attention(q, k, v, method=method) for method in ("features", "direct")]
+    calls = [
+        lambda: taylor_attention(q, k, v, method="features"),
+        lambda: taylor_attention(q, k, v, 4, method="direct"),
+        lambda: softmax_attention(q, k, v, causal=True),
+        lambda: TaylorState().update(k, v).query(q),
+    ]
+    plain = [call() for call in calls]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = [taylor_attention(q, k, v, method=method) for method in ("features", "direct")]
+        cast = [call() for call in calls]
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
@@ -344,6 +352,22 @@ def test_gradients_of_long_sequences_are_those_of_plain_autograd():
         assert difference(a, b) < 1e-4
 
 
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qv", "kv"])
+def test_gradients_are_made_for_what_wants_them(method, wanted):
+    inputs = dict(zip("qkv", tokens(12, 12, 4, 3), strict=True))
+    for name in wanted:
+        inputs[name].requires_grad_()
+    taylor_attention(**inputs, method=method).square().sum().backward()
+    partial = {name: inputs[name].grad for name in wanted}
+    everything = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    taylor_attention(**everything, method=method).square().sum().backward()
+    for name in "qkv":
+        assert (inputs[name].grad is None) == (name not in wanted)
+    for name, grad in partial.items():
+        torch.testing.assert_close(grad, everything[name].grad)
+
+
 def test_a_second_derivative_is_refused():
     q, k, v = (x.requires_grad_() for x in tokens(5, 5, 3, 2))
     (slope,) = torch.autograd.grad(taylor_attention(q, k, v).sum(), q, create_graph=True)
@@ -371,10 +395,11 @@ def test_odd_terms_give_means_of_v_even_for_large_scores(method, num_terms):
     assert (ours >= v.amin(0) - 1e-9).all() and (ours <= v.amax(0) + 1e-9).all()
 
 
-@pytest.mark.parametrize("num_terms", [2, 4, 6])
-def test_the_root_of_an_even_series(num_terms):
-    published = {2: -1, 4: -1.596, 6: -2.181}
-    assert q1._negative_root(num_terms) == pytest.approx(published[num_terms], abs=1e-3)
+@pytest.mark.parametrize(
+    ("num_terms", "root"), [(2, -1), (4, -1.5961), (6, -2.1806), (60, -17.4207), (100, -28.611)]
+)  # the larger ones: mpmath with 100 digits
+def test_the_root_of_an_even_series(num_terms, root):
+    assert q1._negative_root(num_terms) == pytest.approx(root, abs=1e-3)
 
 
 @LINEAR_AND_DIRECT
@@ -432,13 +457,126 @@ def test_overflow_is_an_error(method):
         taylor_attention(1e15 * q, 1e15 * k, v, 3, method=method)
     with pytest.raises(ValueError, match="overflow"):
         taylor_attention(1e3 * q, k, 1e36 * v, 3, method=method)
-    with pytest.raises(ValueError, match="k overflows"):
+    with pytest.raises(ValueError, match="too large"):
         taylor_attention(q, 1e25 * k, v, 3, method=method)
+
+
+def all_scores_minus_one(reach, num_keys=2000, seed=0):
+    """One query and keys whose scores are all -1 although |q||k| is about `reach`: features cancel, scores do not."""
+    length = math.sqrt(reach)
+    q = torch.tensor([[length, length / 3]])
+    along = q[0] / q[0].norm()
+    across = torch.tensor([-along[1], along[0]])
+    k = length * across * torch.ones(num_keys, 1) - along / q[0].norm()
+    generator = torch.Generator().manual_seed(seed)
+    return q.expand(num_keys, 2).clone(), k, torch.randn(num_keys, 3, generator=generator) + 5
+
+
+@pytest.mark.parametrize("reach", [5, 30, 60, 100, 300, 1000, 3000, 1e5])
+def test_features_that_would_cancel_are_not_used(reach):
+    q, k, v = all_scores_minus_one(reach)
+    expected = written_out(q, k, v, 3)
+    assert difference(taylor_attention(q, k, v), expected) < q1.TOLERANCE  # auto: by features, or by pairs
+    assert difference(taylor_attention(q, k, v, method="direct"), expected) < 1e-4
+    if reach <= 60:
+        assert difference(taylor_attention(q, k, v, method="features"), expected) < q1.TOLERANCE
+    else:
+        with pytest.raises(ValueError, match=r"^2000 of 2000 denominators .* within rounding .* method=.direct."):
+            taylor_attention(q, k, v, method="features")
+        with pytest.raises(ValueError, match=r"^2000 of 2000 denominators"):
+            TaylorState(3).update(k, v).update(0.001 * k, v).query(q)
+
+
+def test_a_denominator_of_weights_that_cancel_is_refused_by_pairs_too():
+    """Weights of 1 and -1, up to 1e-9: positive, but of few digits in float32."""
+    q = torch.ones(1, 1)
+    k = torch.tensor([[0.0], [-2.0 + 1e-6]])
+    with pytest.warns(RuntimeWarning, match="1 weights"), pytest.raises(ValueError, match="1 of 1 denominators"):
+        taylor_attention(q, k, torch.ones(2, 1), 2, method="direct")
+
+
+@LINEAR_AND_DIRECT
+def test_a_long_key_spoils_no_query_that_does_not_see_it(monkeypatch, method):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 8)
+    q, k, v = tokens(20, 20, 8, 2, batch=(2,), dtype=torch.float32)
+    plain = taylor_attention(q, k, v, causal=True, method=method)
+    k[0, 19] *= 3e4  # the last key of the first sequence
+    ours = taylor_attention(q, k, v, causal=True, method=method)
+    assert torch.equal(ours[:, :19], plain[:, :19]) and torch.equal(ours[1], plain[1])
+
+
+def test_scores_of_standard_normal_tokens_are_no_false_alarm():
+    q, k, v = tokens(300, 300, 64, 4, score=8.0, dtype=torch.float32)
+    for num_terms in (3, 5, 7, 9):
+        ours = taylor_attention(q, k, v, num_terms, causal=True)
+        assert difference(ours, written_out(q, k, v, num_terms, causal=True)) < 1e-4
+
+
+def test_centring_takes_the_offset_out_of_the_check():
+    q, k, v = tokens(600, 600, 8, 3, score=0.3)
+    for method in ("features", "direct"):
+        ours = taylor_attention(q.float(), (k + 1000).float(), v.float(), center=True, method=method)
+        centred = (k + 1000).float().double()
+        assert difference(ours, written_out(q, centred - centred.mean(0), v, 3)) < 1e-4
+
+
+def test_large_numbers_that_undo_each_other_are_no_overflow():
+    q, k, v = tokens(30, 30, 4, 3, dtype=torch.float32)
+    ours = taylor_attention(1e20 * q, 1e-20 * k, v)
+    assert difference(ours, written_out(1e20 * q.double(), 1e-20 * k.double(), v, 3)) < 1e-5
+
+
+def test_an_infinite_result_is_an_error():
+    q, k = torch.ones(1, 1).half(), torch.tensor([[-1.45], [-0.5]]).half()
+    v = torch.tensor([[-60000.0], [60000.0]]).half()
+    with pytest.raises(ValueError, match=r"overflow torch.float32 or torch.float16"):
+        taylor_attention(q, k, v, 2)
+
+
+@pytest.mark.parametrize("num_terms", [20, 33, 39, 60])
+def test_many_terms(num_terms):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (3 * torch.rand(1000, 1, generator=generator) for _ in range(2))
+    v = torch.randn(1000, 2, generator=generator)
+    expected = written_out(q, k, v, num_terms)
+    assert difference(taylor_attention(q, k, v, num_terms), expected) < 1e-4
+    if num_terms > 34:  # the weights 1/n! of the features vanish
+        with pytest.raises(ValueError, match=r"too many for features in torch.float32"):
+            taylor_attention(q, k, v, num_terms, method="features")
+        assert difference(taylor_attention(*(x.double() for x in (q, k, v)), num_terms), expected) < 1e-10
+    phi_q, phi_k = (feature_map(x, num_terms) for x in (q[:5], k[:5]))
+    torch.testing.assert_close(phi_q @ phi_k.mT, torch.exp(q[:5] @ k[:5].mT), rtol=1e-4, atol=0)
+
+
+def test_auto_takes_features_for_long_sequences_only(monkeypatch):
+    chosen = []
+    for name in ("_linear_sums", "_causal_linear_sums"):
+        original = getattr(q1, name)
+        monkeypatch.setattr(q1, name, lambda *a, original=original, name=name: (chosen.append(name), original(*a))[1])
+    for length, causal, expected in (
+        (64, False, []),
+        (64, True, []),
+        (2000, False, ["_linear_sums"]),
+        (2000, True, ["_causal_linear_sums"]),
+    ):
+        chosen.clear()
+        q, k, v = tokens(length, length, 16, 16, score=0.2)
+        taylor_attention(q, k, v, causal=causal)
+        assert chosen == expected
+    assert q1.crossover_length(10_000, 1000) > 1e9  # a number beyond floats
+
+
+def test_warnings_point_at_the_caller():
+    q, k, v = tokens(30, 30, 4, 3, score=0.6)
+    with pytest.warns(RuntimeWarning) as caught:
+        taylor_attention(q, k, v + 5, 4)
+        TaylorState(4).update(k, v + 5).query(q)
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_the_state_says_that_weights_may_be_negative():
     q, k, v = tokens(30, 30, 4, 3, score=0.6)
-    state = TaylorState(4).update(k, v + 5)
+    state = TaylorState(4).update(k, v + 5).update(0.01 * k, v)
     reach = q.norm(dim=-1) * k.norm(dim=-1).max()
     expected = int((reach > 1.5961).sum())
     assert 0 < expected < 30
@@ -469,10 +607,13 @@ GOOD = {"q": (4, 3), "k": (5, 3), "v": (5, 2)}
         ({"k": torch.full((5, 3), math.inf)}, ValueError, "k holds 15 NaN or infinite"),
         ({"v": torch.tensor([[0.0, math.nan]]).expand(5, 2)}, ValueError, "v holds 5 NaN or infinite"),
         ({"scale": math.nan}, ValueError, "scale must be a finite number"),
-        ({"scale": "1"}, ValueError, "scale must be a finite number"),
+        ({"scale": 10**400}, ValueError, "scale must be a finite number"),
+        ({"scale": "1"}, TypeError, "scale must be a number, not '1'"),
+        ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a number"),
         ({"key_mask": torch.zeros(5, dtype=torch.bool)}, ValueError, "key_mask drops every key in 1 of 1 sequences"),
         ({"key_mask": torch.ones(5)}, TypeError, "key_mask must be a tensor of bool"),
         ({"key_mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"key_mask must fit \[5\].*not \[4\]"),
+        ({"key_mask": torch.ones(1, dtype=torch.bool)}, ValueError, r"key_mask must fit \[5\].*not \[1\]"),
         ({"key_mask": torch.arange(5) > 1, "causal": True}, ValueError, "2 queries see no key"),
         ({"center": True, "causal": True}, ValueError, "center=True needs the mean of all keys"),
         ({"method": "fast"}, ValueError, "method must be one of auto, direct, features"),
@@ -497,8 +638,13 @@ def test_bad_calls_of_the_others_are_named():
         state.update(torch.zeros(2, 5, 4), torch.zeros(2, 5, 2))
     with pytest.raises(ValueError, match="does not fit the state"):
         state.query(torch.zeros(3, 1, 3))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match=r"^k holds 6 NaN"):
         state.update(torch.full((2, 1, 3), math.nan), torch.zeros(2, 1, 2))
+    with pytest.raises(TypeError, match=r"^k must be a tensor"):
+        state.update("a", torch.zeros(2, 1, 2))
+    with pytest.raises(TypeError, match="scale must be a number"):
+        TaylorState(scale="x")
+    assert state.query(torch.zeros(2, 0, 3)).shape == (2, 0, 2)
     assert state.num_keys == 5
 
 
@@ -528,7 +674,7 @@ def test_no_error_exceeds_the_bound(row, num_terms):
     k, v = row
     errors, bounds = errors_and_bounds(torch.ones(1, 1, dtype=torch.float64), k, v, num_terms)
     positive = bool((written_weights(k, num_terms) > 0).all())
-    assert positive == bool(bounds.isfinite().all())
+    assert not bounds.isnan().any() and positive == bool((bounds < math.inf).all())
     if positive:
         assert (errors <= bounds * (1 + 1e-9) + 1e-12).all()
 
@@ -567,5 +713,17 @@ def test_the_bound_takes_the_shape_of_the_queries_and_the_scale():
     torch.testing.assert_close(bounds, error_bound(0.5 * q, k, v))
     by_hand = error_bound(q[1, 2], k[1, 2], v[1, 2], scale=0.5)
     torch.testing.assert_close(bounds[1, 2], by_hand)
-    distances = torch.cdist(v[0, 0], v[0, 0])
-    torch.testing.assert_close(q1._diameter(v[0, :1]), distances.max()[None])
+    assert error_bound(q[:0], k[:0], v[:0]).shape == (0, 3, 20)
+
+
+def test_the_diameter_is_the_largest_distance():
+    _, _, v = tokens(1, 700, 2, 4)
+    torch.testing.assert_close(q1._diameter(v), torch.cdist(v, v).max())
+    v[300:302] *= torch.tensor([[50.0], [-50.0]])
+    torch.testing.assert_close(q1._diameter(v), torch.cdist(v, v).max())
+
+
+def test_the_bound_is_infinite_where_a_weight_is_negative_even_if_all_values_are_equal():
+    one = torch.ones(1, 1)
+    assert float(error_bound(one, torch.tensor([[-2.0]]), torch.ones(1, 3), 2)) == math.inf
+    assert float(error_bound(one, torch.tensor([[-0.5]]), torch.ones(1, 3), 2)) == 0

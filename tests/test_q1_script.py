@@ -103,6 +103,8 @@ def test_only_the_recorded_settings_write_to_results(tmp_path, monkeypatch):
         (["-dims", "0"], "-dims: needs a whole number at least 1"),
         (["-terms", "x"], "-terms: needs a whole number at least 1"),
         (["-deviations", "0"], "-deviations: needs a number above 0"),
+        (["-deviations", "1e80"], "-deviations: needs a number above 0 and below 1000"),
+        (["-out", "."], "-out .: is a folder"),
         (["-dtype", "int8"], "-dtype: invalid choice"),
         (["-device", "abacus"], "-device abacus"),
         (["-draw", "nothing.json"], "nothing.json"),
