@@ -372,17 +372,16 @@ class _Workspace:
 
     def __init__(self, layout: _Layout, num_sequences: int, num_tokens: int, like: Tensor):
         self.layout = layout
-        self.lower = like.new_ones(num_sequences, layout.lower, num_tokens)
-        self._products = [(*p.factors(self.lower), p.unfold(self.lower)) for p in layout.products]
         most_rows = max((group[-1].out.stop - group[0].out.start for group in layout.top), default=0)
-        room = like.new_empty(num_sequences * most_rows * num_tokens)
-        self.groups = []  # (rows, [N, rows, n], how to fill it)
+        self.room = like.new_ones(num_sequences, layout.lower + most_rows, num_tokens)
+        self.lower = self.room[:, : layout.lower]
+        self._products = [(*p.factors(self.lower), p.unfold(self.lower)) for p in layout.products]
+        self.groups = []  # (rows, [N, rows, n], how to fill it); each in the same place, below the lower features
         for group in layout.top:
-            first, last = group[0].out.start, group[-1].out.stop
-            shape = num_sequences, last - first, num_tokens
-            top = room[: math.prod(shape)].view(shape)
-            views = [(*p.factors(self.lower), p.unfold(top, first)) for p in group]
-            self.groups.append((slice(first, last), top, views))
+            rows = slice(group[0].out.start, group[-1].out.stop)
+            top = self.room[:, layout.lower : layout.lower + rows.stop - rows.start]
+            views = [(*p.factors(self.lower), p.unfold(top, rows.start)) for p in group]
+            self.groups.append((rows, top, views))
 
     def fill(self, x: Tensor) -> None:
         """Compute the lower features of x [N, D, n]."""
@@ -393,16 +392,20 @@ class _Workspace:
     def features(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """All features of x [N, D, n], as (rows, features [N, rows, n]); each is overwritten by the next."""
         self.fill(x)
-        yield slice(0, self.layout.lower), self.lower
-        for rows, top, products in self.groups:
+        if not self.groups:
+            yield slice(0, self.layout.lower), self.lower
+        for i, (rows, top, products) in enumerate(self.groups):
             for coordinates, others, out in products:
                 torch.mul(coordinates, others, out=out)
-            yield rows, top
+            if i == 0:  # together with the lower features: one matrix product less
+                yield slice(0, rows.stop), self.room[:, : rows.stop]
+            else:
+                yield rows, top
 
 
-# How many rows and numbers of features are made at once: on a CPU they should stay in the second-level cache, on a
-# GPU they should keep it busy. Within a factor of two the figures do not matter.
-_TILES = {"cpu": (256, 2**18, 2048)}  # device -> rows of a group, numbers of a tile, tokens of a tile
+# How many features are made at once: on a CPU they should stay in its caches, on a GPU they should keep it busy.
+# Within a factor of two the figures matter little.
+_TILES = {"cpu": (256, 2**19, 2048)}  # device -> rows of a group, numbers of a tile, tokens of a tile
 _TILES_GPU = (4096, 2**26, 2**17)
 
 
