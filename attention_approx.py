@@ -376,7 +376,8 @@ class _Workspace:
     def __init__(self, layout: _Layout, num_sequences: int, num_tokens: int, like: Tensor):
         self.layout = layout
         most_rows = max((group[-1].out.stop - group[0].out.start for group in layout.top), default=0)
-        self.room = like.new_ones(num_sequences, layout.lower + most_rows, num_tokens)
+        self.room = like.new_empty(num_sequences, layout.lower + most_rows, num_tokens)
+        self.room[:, 0] = 1
         self.lower = self.room[:, : layout.lower]
         self._products = [(*p.factors(self.lower), p.unfold(self.lower)) for p in layout.products]
         self.groups = []  # (rows, [N, rows, n], how to fill it); each in the same place, below the lower features
@@ -447,10 +448,11 @@ def _sum_over_tokens(x: Tensor, w: Tensor, layout: _Layout) -> Tensor:
 
 def _sum_over_features(x: Tensor, s: Tensor, layout: _Layout) -> Tensor:
     """dF/dw = s f(x_l): x [N, D, L], s [N, E, M] -> [N, E, L]."""
-    sums = x.new_zeros(x.shape[0], s.shape[1], x.shape[2])
+    sums = x.new_empty(x.shape[0], s.shape[1], x.shape[2])
     for sequences, tokens, workspace in _tiles(x, layout):
         for rows, features in workspace.features(x[sequences, :, tokens]):
-            sums[sequences, :, tokens].baddbmm_(s[sequences, :, rows], features)
+            first = rows.start == 0
+            sums[sequences, :, tokens].baddbmm_(s[sequences, :, rows], features, beta=0 if first else 1)
     return sums
 
 
