@@ -213,7 +213,6 @@ def _prepare(
         queries = queries * float(scale)
     if keep is not None:  # NaN in a masked key must not matter either
         keys, w = (x.masked_fill(~keep[:, None], 0) for x in (keys, w))
-    queries, keys = queries.contiguous(), keys.contiguous()
     sizes = _sizes(queries, keys, w)
     if center:
         keys = keys - keys.sum(-1, keepdim=True) / seen[:, None]
@@ -262,7 +261,7 @@ def _sizes(q: Tensor, k: Tensor, w: Tensor) -> tuple[float, float, float]:
     """Upper bounds on the norms of queries and keys, and the largest value; raises ValueError for NaN and infinity."""
     with torch.no_grad():
         zero = torch.zeros(2, dtype=w.dtype, device=w.device)
-        extremes = [torch.stack(x.aminmax()) if x.numel() else zero for x in (q, k, w)]
+        extremes = [torch.stack(x.mT.aminmax()) if x.numel() else zero for x in (q, k, w)]
         sizes = torch.stack(extremes).abs().amax(1).tolist()  # one wait for the device
     for name, x, size in zip("qkv", (q, k, w), sizes, strict=True):
         if not math.isfinite(size):
