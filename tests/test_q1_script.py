@@ -191,4 +191,5 @@ def test_the_benchmark_measures_every_bar(tmp_path):
     assert len(record["bars"]) == 11
     for bar in record["bars"]:
         assert bar["what"] in done.stdout
-    assert set(record["forward"]["64"]["ms"]) == {"softmax, fused", "Taylor", "softmax by matmul", "naive features"}
+    assert set(record["forward"]) == {"8", "16", "32", "64"}
+    assert set(record["plain"]["64"]["ms"]) == {"softmax, fused", "Taylor", "softmax by matmul", "naive features"}
