@@ -260,9 +260,10 @@ def _count_seen(keep: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tens
 def _sizes(q: Tensor, k: Tensor, w: Tensor) -> tuple[float, float, float]:
     """Upper bounds on the norms of queries and keys, and the largest value; raises ValueError for NaN and infinity."""
     with torch.no_grad():
-        zero = torch.zeros(2, dtype=w.dtype, device=w.device)
-        extremes = [torch.stack(x.mT.aminmax()) if x.numel() else zero for x in (q, k, w)]
-        sizes = torch.stack(extremes).abs().amax(1).tolist()  # one wait for the device
+        zero = torch.zeros((), dtype=w.dtype, device=w.device)
+        extremes = [x.mT.aminmax() if x.numel() else (zero, zero) for x in (q, k, w)]
+        bounds = torch.stack(list(itertools.chain(*extremes))).tolist()  # one wait for the device
+    sizes = [max(abs(low), abs(high)) for low, high in zip(bounds[::2], bounds[1::2], strict=True)]
     for name, x, size in zip("qkv", (q, k, w), sizes, strict=True):
         if not math.isfinite(size):
             raise ValueError(f"{name} holds {int((~x.isfinite()).sum())} NaN or infinite numbers")
