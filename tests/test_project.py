@@ -121,7 +121,8 @@ def test_the_recorded_curves_show_where_taylor_attention_pays():
         assert curve["crossover"] < 3500
     for point in record["errors"]["points"]:
         errors = [outcome["error"]["mean"] for outcome in point["terms"].values() if outcome["error"]]
-        assert errors == sorted(errors, reverse=True)  # more terms, less error
+        if point["deviation"] <= 1:  # beyond that weights of both signs spoil the even K
+            assert errors == sorted(errors, reverse=True) and len(errors) == 5  # more terms, less error
         for outcome in point["terms"].values():
             assert outcome["bound"] is None or outcome["error"]["mean"] <= outcome["bound"]
 
