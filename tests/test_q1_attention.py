@@ -531,6 +531,8 @@ def test_an_infinite_result_is_an_error():
     v = torch.tensor([[-60000.0], [60000.0]]).half()
     with pytest.raises(ValueError, match=r"overflow torch.float32 or torch.float16"):
         taylor_attention(q, k, v, 2)
+    with pytest.raises(ValueError, match=r"1 numbers of the result overflow torch.float32"):
+        taylor_attention(q.float(), k.float(), v.sign().float() * 3e37, 2)  # no sum overflows, their quotient does
 
 
 @pytest.mark.parametrize("num_terms", [20, 33, 39, 60])

@@ -159,13 +159,13 @@ def test_functions_are_timed_in_turns():
         ([4, 8, 16], [2, 8, 32], 200),
         ([4, 8, 16], [1, 16, 32], 100 * 2 ** (2 / 3)),
         ([1, 2, 3], [2, 3, 4], None),  # faster at all
-        ([1, 8, 8], [2, 4, 16], 200 * math.sqrt(2)),  # the last change counts
+        ([2, 1, 2, 1], [1, 2, 1, 2], 400 * math.sqrt(2)),  # the last change counts
     ],
 )
 def test_the_crossover_is_interpolated(taylor, softmax, expected):
     points = [
         {"length": length, "ms": {q1.TAYLOR: a, q1.SOFTMAX: b}}
-        for length, a, b in zip((100, 200, 400), taylor, softmax, strict=True)
+        for length, a, b in zip((100, 200, 400, 800), taylor, softmax, strict=False)
     ]
     found = q1.crossover(points)
     assert found == expected or found == pytest.approx(expected)
@@ -177,7 +177,7 @@ def test_memory_grows_with_the_length_and_stays_far_below_naive_features():
         q, k, v = q1.random_tokens(length, 64, 0.25, 0, torch.float32, "cpu")
         q1.taylor_attention(q, k, v)  # the layout is made once
         bytes_at[length] = q1.peak_memory(lambda: q1.taylor_attention(q, k, v, method="features"))  # noqa: B023
-    assert bytes_at[4800] < 2.1 * bytes_at[2400]
+    assert bytes_at[4800] - bytes_at[2400] < 2400 * 4 * 300  # values, sums and result, but no features
     assert bytes_at[4800] < 0.05 * q1.peak_memory(lambda: q1.naive_taylor_attention(q, k, v))
     causal = q1.peak_memory(lambda: q1.taylor_attention(q, k, v, causal=True, method="features"))
     assert causal < 0.1 * 4800**2 * 4
