@@ -1,27 +1,36 @@
 """What the three questions share: seeds and devices, data loading, run records, plotting.
 
-from utils import load_oct
+from utils import load_oct, load_speech
 data = load_oct("auto")                    # OCTMNIST if it can be had, else phantoms, and it says which
 images, labels = data.splits["train"]      # uint8 [N, 28, 28] and int64 [N]
+corpus = load_speech("auto")               # LJ Speech if it can be had, else a spoken corpus, and it says which
+clip = corpus.splits["train"][0]           # clip.path is a wav file, clip.text what it says
 """
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import json
+import linecache
 import math
 import os
 import platform
 import random
 import re
 import shlex
+import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -32,10 +41,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import offline_data
-from offline_data import OCT_CLASSES
+from offline_data import OCT_CLASSES, SPEECH_RATE
 
 
 class InputError(Exception):
@@ -123,6 +132,8 @@ def number(kind: type, low: float, high: float = math.inf, low_fits: bool = True
 # ---------------------------------------------------------------------------------------------------
 # Files written whole or not at all, and run records
 
+STALE_SECONDS = 300.0  # temporary files are written to all the time; after so long a pause nobody does
+
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
@@ -185,12 +196,80 @@ def mean_and_deviation(values: list[float]) -> dict:
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Remove temporary files and folders in which nothing was written for minutes: a killed process left them."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # another process removes it too, or still writes
+            newest = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Downloads
+
+STALL_SECONDS = 6.0  # a download that brings nothing for this long is given up
+
+
+def fetch_while_growing(
+    fetch: Callable[[], object], folder: Path, thread_name: str, progress: Callable[[int], None] | None = None
+) -> str | None:
+    """Let `fetch` bring files into `folder` as long as they grow. Returns why it failed, or None.
+
+    It runs in a thread of its own, because neither the libraries nor a look-up in the DNS has a time limit.
+    `progress` is told the bytes below the folder at each look.
+    """
+    failure = []
+
+    def run() -> None:
+        try:
+            fetch()
+        except SystemExit:  # it was told to end
+            pass
+        except Exception as error:  # medmnist turns whatever happens into a RuntimeError, with the cause behind it
+            cause = error.__context__ or error
+            failure.append(" ".join(str(cause).split()) or type(cause).__name__)
+
+    former_limit = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    thread = threading.Thread(target=run, name=thread_name, daemon=True)
+    try:
+        thread.start()
+        size, last_growth, pause = -1, time.monotonic(), 0.1
+        while thread.is_alive():
+            thread.join(pause)
+            started = time.monotonic()
+            now = folder_size(folder)
+            if progress:
+                progress(now)
+            if now != size:
+                size, last_growth = now, time.monotonic()
+            elif time.monotonic() - last_growth > 2 * STALL_SECONDS:  # the socket's own limit comes first
+                return f"nothing came for {2 * STALL_SECONDS:.0f} s"
+            pause = max(0.1, 20 * (time.monotonic() - started))  # thousands of files take a while to look at
+    finally:
+        socket.setdefaulttimeout(former_limit)
+        if thread.is_alive():  # given up or interrupted: it must not go on behind the back of what follows
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            thread.join(1)
+    return failure[0] if failure else None
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes in the files below a folder, while files come and go."""
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(directory, name).stat().st_size
+    return total
+
+
 # ---------------------------------------------------------------------------------------------------
 # Retinal scans (Q2)
 
 OCTMNIST_URL = "https://zenodo.org/records/10519652/files/octmnist.npz?download=1"
 OCTMNIST_MD5 = "c68d92d5b585d8d81f7112f81e2d0842"
-STALL_SECONDS = 6.0  # a download that brings nothing for this long is given up
 SCAN_SIZE = 28  # pixels
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -295,37 +374,11 @@ def download_octmnist(data_dir: Path) -> Path | None:
 
 
 def _fetch_with_medmnist(folder: Path) -> str | None:
-    """Let medmnist download OCTMNIST as long as files in `folder` grow. Returns why it failed, or None.
-
-    It runs in a thread of its own, because neither medmnist nor a look-up in the DNS has a time limit.
-    """
+    """Let medmnist download OCTMNIST into `folder`. Returns why it failed, or None."""
     import medmnist  # only here: importing it takes seconds
 
-    failure = []
-
-    def fetch() -> None:
-        try:
-            medmnist.OCTMNIST(split="train", download=True, root=str(folder))
-        except Exception as error:  # medmnist turns whatever happens into a RuntimeError, with the cause behind it
-            cause = error.__context__ or error
-            failure.append(" ".join(str(cause).split()) or type(cause).__name__)
-
-    former_limit = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
-    try:
-        thread = threading.Thread(target=fetch, name="octmnist-download", daemon=True)
-        thread.start()
-        size, last_growth = -1, time.monotonic()
-        while thread.is_alive():
-            thread.join(0.1)
-            now = sum(file.stat().st_size for file in folder.iterdir())
-            if now != size:
-                size, last_growth = now, time.monotonic()
-            elif time.monotonic() - last_growth > 2 * STALL_SECONDS:  # the socket's own limit comes first
-                return "the network does not answer"
-    finally:
-        socket.setdefaulttimeout(former_limit)
-    return failure[0] if failure else None
+    fetch = partial(medmnist.OCTMNIST, split="train", download=True, root=str(folder))
+    return fetch_while_growing(fetch, folder, "octmnist-download")
 
 
 def read_oct_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -452,6 +505,518 @@ def split_by_patient(scans: list[tuple[Path, int]], fraction: float) -> tuple[li
     aside = set(patients[: max(1, round(fraction * len(patients)))])
     kept = [scan for scan in scans if patient(scan[0]) not in aside]
     return kept, [scan for scan in scans if patient(scan[0]) in aside]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Speech (Q3)
+
+LJSPEECH_URL = "https://data.keithito.com/data/speech/LJSpeech-1.1.tar.bz2"
+LJSPEECH_SHA256 = "be1a30453f28eb8dd26af4101ae40cbf2c50413b1bb21936cbcdc6fae3de8aa5"
+LJSPEECH_CLIPS = 13_100
+LJSPEECH_ARCHIVE, LJSPEECH_UNPACKED = 2.75e9, 3.8e9  # bytes
+MIN_SECONDS, MAX_SECONDS = 0.1, 30.0  # shorter clips hold no speech; LJ Speech's longest has 10.1 s
+SILENCE = 1e-4  # samples that stay within this range hold nothing but dither
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of metadata.csv: what is said, and the file in which it is said."""
+
+    row: int  # in metadata.csv, counted from 0 as the official splits count
+    id: str
+    text: str  # the normalised transcript: numbers and abbreviations written out
+    path: Path
+    seconds: float
+    rate: int  # of the file, Hz
+
+
+@dataclass(frozen=True)
+class SpeechCorpus:
+    """Clips with transcripts, by split: train, val, test, and what else corpus.json names."""
+
+    name: str  # "LJ Speech", "LJ Speech, 186 of 13,100 clips", the name in corpus.json, or the folder's
+    kind: str  # "real" or "spoken"
+    folder: Path
+    sample_rate: int  # Hz, at which features are to be made; files of another rate are resampled
+    splits: dict[str, list[Clip]]
+    left_out: list[str]  # a line for each row that cannot be used
+
+    @cached_property
+    def description(self) -> dict:
+        """The `dataset` entry of a record. The checksum is over rows, ids, texts and durations, not over samples."""
+        rows = [(s, c.row, c.id, c.text, f"{c.seconds:.6f}") for s, clips in self.splits.items() for c in clips]
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "counts": {split: len(clips) for split, clips in self.splits.items()},
+            "hours": {s: round(sum(c.seconds for c in clips) / 3600, 4) for s, clips in self.splits.items()},
+            "left_out": len(self.left_out),
+            "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        }
+
+
+def load_speech(
+    source: str = "auto", data_dir: Path | str = "data", seed: int = 0, max_seconds: float = MAX_SECONDS
+) -> SpeechCorpus:
+    """Load clips of speech with their transcripts.
+
+    `source` is "ljspeech", "spoken" (made on first use, `seed` says which one), a folder in LJ Speech's layout
+    (see `read_speech_folder`), or "auto": LJ Speech from `data_dir`, else downloaded, else the spoken corpus.
+    Raises InputError for what cannot be used.
+    """
+    data_dir = Path(data_dir)
+    if source in ("auto", "ljspeech"):
+        folder = find_ljspeech(data_dir) or download_ljspeech(data_dir)
+        if folder is None and source == "ljspeech":
+            raise InputError(
+                f"LJ Speech is not here and could not be downloaded: fetch {LJSPEECH_URL} by hand "
+                f"(2.6 GB, SHA-256 {LJSPEECH_SHA256}) and unpack it as {data_dir / 'LJSpeech-1.1'}"
+            )
+        if folder is not None:
+            return read_speech_folder(folder, max_seconds)
+        print("*** LJ Speech is not here and could not be downloaded: going on with a SPOKEN corpus, made by a")
+        print("*** speech synthesiser from sentences of a grammar. No score below is a score on LJ Speech.")
+    if source in ("auto", "spoken"):
+        folder = data_dir / f"spoken-seed{seed}"
+        try:
+            offline_data.make_spoken_corpus(folder, seed)  # nothing to do if it is there
+        except (offline_data.SpeechError, OSError) as error:
+            raise InputError(f"the spoken corpus cannot be made: {error}") from None
+        return read_speech_folder(folder, max_seconds)
+    if Path(source).is_dir():
+        return read_speech_folder(Path(source), max_seconds)
+    raise InputError(f"data {source}: no such folder (or use auto, ljspeech, spoken)")
+
+
+def find_ljspeech(data_dir: Path) -> Path | None:
+    """LJ Speech's folder in `data_dir`, if next to nothing of it is missing; says when it is passed over."""
+    folder = data_dir / "LJSpeech-1.1"
+    if is_ljspeech(folder):
+        return folder
+    if folder.exists():
+        print(f"passing over {folder}: it is not the whole of LJ Speech (it can be used if it is named as data)")
+    return None
+
+
+def is_ljspeech(folder: Path) -> bool:
+    """Whether a folder has all rows of LJ Speech and at least 99 % of its files: single bad ones can be left out."""
+    metadata = folder / "metadata.csv"
+    rows = len(read_lines(metadata)) if metadata.is_file() else 0
+    files = sum(1 for _ in (folder / "wavs").glob("*.wav"))
+    return rows == LJSPEECH_CLIPS and files >= 0.99 * LJSPEECH_CLIPS
+
+
+def download_ljspeech(data_dir: Path) -> Path | None:
+    """Download LJ Speech through torchaudio into `data_dir`; None (and one line that says why) if it fails.
+
+    The folder gets its name only after the archive's SHA-256 was checked and all of it was unpacked, so that
+    nothing broken can be found later.
+    """
+    print(f"looking for LJ Speech on the network (gives up after {STALL_SECONDS:.0f} s of silence) ...", flush=True)
+    target = data_dir / "LJSpeech-1.1"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        remove_stale(data_dir, ".download-*")
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-", ignore_cleanup_errors=True) as folder:
+            failure = _fetch_with_torchaudio(Path(folder))
+            if failure is None and sha256(Path(folder) / Path(LJSPEECH_URL).name) != LJSPEECH_SHA256:
+                failure = "the archive that came is not LJ Speech (SHA-256)"
+            if failure is None and not is_ljspeech(target):  # another process may have been quicker
+                if target.exists():  # it was passed over as a part, but it is the user's: keep it
+                    target.replace(target.with_name(f"{target.name}.part-{time.time():.0f}"))
+                (Path(folder) / target.name).replace(target)
+    except OSError as error:
+        failure = str(error)
+    if failure is None:
+        return target
+    print(f"no download: {failure}")
+    return None
+
+
+def _fetch_with_torchaudio(folder: Path) -> str | None:
+    """Let torchaudio download, check and unpack LJ Speech into `folder`. Returns why it failed, or None."""
+    import torchaudio.datasets  # only here: importing it takes a while, and only Q3 needs it
+
+    needed, free = LJSPEECH_ARCHIVE + LJSPEECH_UNPACKED, shutil.disk_usage(folder).free
+    if free < needed:
+        return f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free"
+    archive = folder / Path(LJSPEECH_URL).name
+    fetch = partial(torchaudio.datasets.LJSPEECH, folder, url=LJSPEECH_URL, download=True)
+    bar = tqdm(desc="unpacking", total=LJSPEECH_UNPACKED, unit="B", unit_scale=True, delay=0.1, disable=None)
+
+    def show_unpacking(size: int) -> None:  # the download shows itself
+        if archive.exists():  # it has its name once it is whole and checked
+            if not bar.n:
+                bar.unpause()
+            bar.update(size - archive.stat().st_size - bar.n)
+
+    with bar:
+        return fetch_while_growing(fetch, folder, "ljspeech-download", show_unpacking)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_speech_folder(folder: Path, max_seconds: float = MAX_SECONDS) -> SpeechCorpus:
+    """Read a folder in LJ Speech's layout: metadata.csv (id|text|normalised text, no quoting), wavs/<id>.wav.
+
+    Rows that cannot be used (see `read_row`) are printed and left out. Splits are cut by row before that: as
+    corpus.json says, else 75, 5 and 20 %, which for LJ Speech's 13,100 rows are the course's. Raises InputError.
+    """
+    if not ((folder / "metadata.csv").is_file() and (folder / "wavs").is_dir()):
+        raise InputError(f"{folder}: needs metadata.csv (rows of id|text|normalised text) and wavs/<id>.wav")
+    lines = read_lines(folder / "metadata.csv")
+    about = read_corpus_json(folder, len(lines))
+    clips, left_out, ids = [], [], set()
+    for row, line in enumerate(lines):
+        try:
+            clip = read_row(folder, row, line, max_seconds)
+            if clip.id in ids:
+                raise InputError(f"id {clip.id} was there before")
+            ids.add(clip.id)
+            clips.append(clip)
+        except InputError as error:
+            left_out.append(f"{name_row(folder, row)}: {error}")
+    report_left_out(left_out, len(lines))
+    if len(clips) < 3:
+        raise InputError(f"{folder}: {len(clips)} of {len(lines)} rows can be used; at least 3 are needed")
+    if odd := sum(clip.rate != SPEECH_RATE for clip in clips):
+        print(f"{folder}: {odd} of {len(clips)} clips are not at {SPEECH_RATE} Hz: they are resampled")
+
+    rows = about.get("splits") or split_rows(len(lines))
+    splits = {split: [c for c in clips if first <= c.row < end] for split, (first, end) in rows.items()}
+    check_splits(folder, splits)
+    name = about.get("name") or folder.name or folder.resolve().name
+    if name == "LJSpeech-1.1":  # never to be taken for the whole if it is a part
+        whole = len(clips) == len(lines) == LJSPEECH_CLIPS
+        name = "LJ Speech" if whole else f"LJ Speech, {len(clips):,} of {LJSPEECH_CLIPS:,} clips"
+    return SpeechCorpus(name, about.get("kind", "real"), folder, SPEECH_RATE, splits, left_out)
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a text file without their ends; a byte order mark and a last empty line are none of it."""
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = content.split(b"\n")
+    return [line.removesuffix(b"\r") for line in (lines[:-1] if lines[-1] == b"" else lines)]
+
+
+def read_corpus_json(folder: Path, num_rows: int) -> dict:
+    """Name, kind and splits ({split: [first row, end row]}) of a made corpus; empty without a corpus.json.
+
+    Raises InputError for splits that lie outside the rows or overlap.
+    """
+    path = folder / "corpus.json"
+    if not path.exists():
+        return {}
+    try:
+        about = json.loads(path.read_bytes())
+        spans = sorted(tuple(map(int, span)) for span in about.get("splits", {}).values())
+        edges = [edge for first, end in spans for edge in (first, end)]
+        fits = {*SPLITS} <= {*about["splits"]} if spans else True
+        if not (fits and edges == sorted(edges) and all(0 <= edge <= num_rows for edge in edges)):
+            raise ValueError(f"splits {about['splits']} do not fit {num_rows} rows")
+        if about["kind"] not in ("real", "spoken") or not isinstance(about["name"], str):
+            raise ValueError(f"name {about['name']!r}, kind {about['kind']!r}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: does not describe a corpus ({error})") from None
+    return about
+
+
+def read_row(folder: Path, row: int, line: bytes, max_seconds: float) -> Clip:
+    """Check one row of metadata.csv and the header of its wav file. Raises InputError for a row without use."""
+    try:
+        columns = line.decode().split("|")
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8") from None
+    if len(columns) != 3:
+        raise InputError(f"has {len(columns)} columns, not 3 (id|text|normalised text)")
+    name, text = columns[0].strip(), columns[2].strip()
+    file = f"wavs/{name}.wav"
+    # By the text alone: a link in wavs/ may well lead elsewhere.
+    if not name or "\0" in name or not os.path.normpath(file.replace("\\", "/")).startswith("wavs" + os.sep):
+        raise InputError(f"id {name!r} names no file in wavs/")
+    if not text:
+        raise InputError(f"the transcript of {file} is empty")
+    seconds, rate = read_wav_header(folder / file)
+    if not MIN_SECONDS <= seconds <= max_seconds:
+        raise InputError(f"{file} lasts {seconds:.2f} s, not {MIN_SECONDS} to {max_seconds:g} s")
+    return Clip(row, name, text, folder / file, seconds, rate)
+
+
+def split_rows(num_rows: int) -> dict[str, tuple[int, int]]:
+    """First and end row of train, val and test: 75, 5 and 20 % of at least 3 rows, at least one each."""
+    val = min(max(1, round(0.75 * num_rows)), num_rows - 2)
+    test = min(max(val + 1, round(0.80 * num_rows)), num_rows - 1)
+    return {"train": (0, val), "val": (val, test), "test": (test, num_rows)}
+
+
+def check_splits(folder: Path, splits: dict[str, list[Clip]]) -> None:
+    for split, clips in splits.items():
+        if not clips:
+            raise InputError(f"{folder}: no clip of the {split} split can be used")
+
+
+def name_row(folder: Path, row: int) -> str:
+    return f"{folder / 'metadata.csv'} line {row + 1}"
+
+
+def report_left_out(reasons: list[str], num_rows: int) -> None:
+    """Print why rows were left out (five of them at most), and how many were."""
+    if reasons:
+        print(*reasons[:5], sep="\n")
+        print(f"... and {len(reasons) - 5} more\n" * (len(reasons) > 5), end="")
+        print(f"left out: {len(reasons)} of {num_rows} rows")
+
+
+def read_wav_header(path: Path) -> tuple[float, int]:
+    """Seconds and rate (Hz) of an audio file, by its header alone. Raises InputError."""
+    import soundfile
+
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        info = soundfile.info(path, verbose=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as audio ({_one_line(error)})") from None
+    # libsndfile shortens a clip that was cut off to what there is. Streams claim all that 32 bits can count.
+    cut_off = re.search(r"^data : (\d+) \(should be (\d+)\)", info.extra_info, re.MULTILINE)
+    if cut_off and int(cut_off[2]) < int(cut_off[1]) < 2**31 - 2**16:
+        raise InputError(f"{path}: cut off, {int(cut_off[2]):,} of {int(cut_off[1]):,} bytes are there")
+    if info.frames == 0:
+        raise InputError(f"{path}: holds no samples")
+    return info.frames / info.samplerate, info.samplerate
+
+
+def read_wav(path: Path | str, rate: int | None = None) -> tuple[np.ndarray, int]:
+    """Read an audio file: samples float32 [n] in [-1, 1], the mean of its channels, and their rate in Hz.
+
+    With `rate` they are resampled to it. Raises InputError for a file that is absent, empty or unreadable.
+    """
+    import soundfile
+
+    try:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file")
+        channels, file_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as audio ({_one_line(error)})") from None
+    if len(channels) == 0:
+        raise InputError(f"{path}: holds no samples")
+    samples = channels.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path}: holds samples that are no finite numbers")
+    if rate in (None, file_rate):
+        return samples, file_rate
+    from scipy.signal import resample_poly  # torchaudio's takes gigabytes where the rates share no factor
+
+    shared = math.gcd(rate, file_rate)
+    return resample_poly(samples, rate // shared, file_rate // shared).astype(np.float32), rate
+
+
+def _one_line(error: Exception) -> str:
+    """An error of libsndfile or the system without the path, which is named already."""
+    return " ".join(str(error).split()).rpartition("': ")[2]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Features of speech, kept on disk (Q3)
+#
+# One file: FEATURES_MAGIC, the features of all clips one after another (float16 [frames, n_mels]), a JSON text
+# that describes them, and its length and CRC-32. What describes comes last, so that a part is never the whole.
+
+FEATURES_MAGIC = b"hw2 speech features, version 1\n".ljust(64, b"\0")
+FEATURES_END = struct.Struct("<QI")
+Extract = Callable[[np.ndarray, int], np.ndarray]  # (samples float32 [n], rate) -> float32 [frames, n_mels]
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """The features of a corpus: `cache[clip]` is float16 [frames, n_mels], read-only, mapped from the disk."""
+
+    path: Path
+    corpus: SpeechCorpus  # without the clips that turned out to be of no use, such as silent ones
+    left_out: list[str]  # a line for each of those
+    mean: np.ndarray  # float32 [n_mels], over all frames of the train split
+    std: np.ndarray  # float32 [n_mels], at least 1e-3, so that one can divide by it
+    features: np.ndarray  # float16 [frames of all clips, n_mels]
+    places: dict[int, tuple[int, int]]  # row of a clip -> its first and end frame
+
+    def __getitem__(self, clip: Clip) -> np.ndarray:
+        first, end = self.places[clip.row]
+        return self.features[first:end]
+
+    def frames(self, clip: Clip) -> int:
+        first, end = self.places[clip.row]
+        return end - first
+
+    def clips(self, split: str) -> list[Clip]:
+        return self.corpus.splits[split]
+
+    @property
+    def nbytes(self) -> int:
+        return self.features.nbytes
+
+
+def cached_features(corpus: SpeechCorpus, extract: Extract, settings: dict, data_dir: Path | str) -> FeatureCache:
+    """The features that `extract` makes of every clip: made once, then mapped from one file in `data_dir`.
+
+    `settings` is all that `extract` depends on (it must fit into JSON): other settings have another file. The
+    file is made again if a clip, its size or its time has changed, or if it is damaged. Clips that are silent or
+    cannot be read are printed and left out. Raises InputError if nothing of a split is left.
+    """
+    data_dir = Path(data_dir)
+    folder = corpus.folder.resolve()
+    which = hashlib.sha256(json.dumps([str(folder), settings], sort_keys=True).encode()).hexdigest()[:12]
+    path = data_dir / f"features-{folder.name[:40]}-{which}.f16"
+    fingerprint = fingerprint_files(corpus, settings)
+    remove_stale(data_dir, ".features-*")
+    try:
+        cache = open_features(path, corpus, fingerprint) if path.exists() else None
+    except (OSError, ValueError) as error:
+        print(f"{path}: {error}: the features are made again")
+        cache = None
+    if cache is None:
+        write_whole(path, partial(write_features, corpus=corpus, extract=extract, fingerprint=fingerprint))
+        cache = open_features(path, corpus, fingerprint)
+    report_left_out(cache.left_out, sum(map(len, corpus.splits.values())))
+    check_splits(corpus.folder, cache.corpus.splits)
+    return cache
+
+
+def fingerprint_files(corpus: SpeechCorpus, settings: dict) -> str:
+    """A checksum that changes with the settings, the splits, and the size or time of any audio file."""
+    rows = []
+    for split, clips in corpus.splits.items():
+        for clip in clips:
+            try:
+                state = clip.path.stat()
+            except OSError as error:
+                raise InputError(f"{name_row(corpus.folder, clip.row)}: {clip.path}: {error.strerror}") from None
+            rows.append([split, clip.row, clip.id, state.st_size, state.st_mtime_ns])
+    return hashlib.sha256(json.dumps([settings, corpus.sample_rate, rows], sort_keys=True).encode()).hexdigest()
+
+
+def write_features(path: Path, corpus: SpeechCorpus, extract: Extract, fingerprint: str) -> None:
+    """Make the features of every clip and write them to `path`, as described above. Raises InputError."""
+    members = [(split, clip) for split, clips in corpus.splits.items() for clip in clips]
+    frames, left_out, crc, n_mels = [], {}, 0, None
+    num_train, total, squares = 0, 0.0, 0.0  # of the train split's frames, in float64
+    with path.open("wb") as file:
+        file.write(FEATURES_MAGIC)
+        for split, clip in tqdm(members, desc="features", unit="clip", disable=None):
+            try:
+                features = clip_features(clip, extract, corpus.sample_rate)
+            except InputError as error:
+                left_out[clip.row] = f"{name_row(corpus.folder, clip.row)}: {error}"
+                continue
+            if n_mels not in (None, features.shape[1]):
+                raise ValueError(f"{clip.path}: {features.shape[1]} features a frame, {n_mels} before")
+            n_mels = features.shape[1]
+            file.write(features)
+            crc = zlib.crc32(features, crc)
+            frames.append([clip.row, len(features)])
+            if split == "train":
+                exact = features.astype(np.float64)
+                num_train, total, squares = num_train + len(exact), total + exact.sum(0), squares + (exact**2).sum(0)
+        if not num_train:
+            report_left_out([*left_out.values()], len(members))
+            raise InputError(f"{corpus.folder}: no clip of the train split can be used")
+        mean = total / num_train
+        about = {
+            "fingerprint": fingerprint,
+            "crc32": crc,
+            "mean": mean.tolist(),
+            "std": np.sqrt((squares / num_train - mean**2).clip(0)).tolist(),
+            "left_out": [*left_out.items()],
+            "frames": frames,
+        }
+        text = json.dumps(about).encode()
+        file.write(text + FEATURES_END.pack(len(text), zlib.crc32(text)))
+
+
+def clip_features(clip: Clip, extract: Extract, rate: int) -> np.ndarray:
+    """The features of one clip as they are stored: float16 [frames, n_mels]. Raises InputError for a bad clip."""
+    samples, _ = read_wav(clip.path, rate)
+    if np.ptp(samples) < SILENCE:
+        raise InputError(f"{clip.path}: is silent")
+    features = np.asarray(extract(samples, rate))
+    if features.ndim != 2 or not features.size:
+        raise ValueError(f"{clip.path}: features must be [frames, n_mels], not {list(features.shape)}")
+    with np.errstate(over="ignore"):
+        features = np.ascontiguousarray(features, "<f2")
+    if not np.isfinite(features).all():
+        raise InputError(f"{clip.path}: its features do not fit into float16")
+    return features
+
+
+def open_features(path: Path, corpus: SpeechCorpus, fingerprint: str) -> FeatureCache:
+    """Map a file of features, all of it checked (half a second a gigabyte). Raises ValueError if it does not fit."""
+    content = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    end = len(content) - FEATURES_END.size
+    length, crc = FEATURES_END.unpack(content[end:].tobytes()) if end > 0 else (0, 0)
+    text = content[end - length : end].tobytes()
+    if content[: len(FEATURES_MAGIC)].tobytes() != FEATURES_MAGIC or not text or zlib.crc32(text) != crc:
+        raise ValueError("is cut off or damaged")
+    about = json.loads(text)
+    if about["fingerprint"] != fingerprint:
+        raise ValueError("was made from other audio files, splits or settings")
+    features = content[len(FEATURES_MAGIC) : end - length]
+    if zlib.crc32(features) != about["crc32"]:
+        raise ValueError("is damaged")
+    ends = np.cumsum([frames for _, frames in about["frames"]]).tolist()
+    places = {row: (end - frames, end) for (row, frames), end in zip(about["frames"], ends, strict=True)}
+    splits = {split: [c for c in clips if c.row in places] for split, clips in corpus.splits.items()}
+    left_out = [reason for _, reason in about["left_out"]]
+    return FeatureCache(
+        path=path,
+        corpus=replace(corpus, splits=splits, left_out=corpus.left_out + left_out),
+        left_out=left_out,
+        mean=np.array(about["mean"], np.float32),
+        std=np.array(about["std"], np.float32).clip(1e-3),
+        features=features.view("<f2").reshape(ends[-1], -1),
+        places=places,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Notebooks (Q3)
+
+
+def notebook_definitions(path: Path) -> types.ModuleType:
+    """Run the cells of a notebook tagged `parameters` or `definitions`, in order, as a module named after it.
+
+    Tests and benchmarks import a notebook by this, without its training. The module is in sys.modules (dataclasses
+    and pickle look there), and the lines of its cells, numbered as Jupyter does after Run All, are in tracebacks.
+    """
+    path = Path(path).resolve()
+    cells = [cell for cell in json.loads(path.read_bytes())["cells"] if cell["cell_type"] == "code"]
+    name = re.sub(r"\W", "_", path.stem)
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    former = sys.modules.get(name)
+    sys.modules[name] = module
+    sources = []
+    try:
+        for number, cell in enumerate(cells, start=1):
+            if {"parameters", "definitions"} & {*cell["metadata"].get("tags", [])}:
+                sources.append("".join(cell["source"]) + "\n")
+                cell_name = f"{path.name}[cell {number}]"
+                _remember_source(cell_name, sources[-1])
+                exec(compile(sources[-1], cell_name, "exec", dont_inherit=True), module.__dict__)
+    except BaseException:
+        sys.modules.pop(name) if former is None else sys.modules.update({name: former})
+        raise
+    _remember_source(str(path), "".join(sources))  # inspect looks for the source of a class under __file__
+    return module
+
+
+def _remember_source(name: str, source: str) -> None:
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,903 @@
+"""Loading speech: folders, bad rows, the download against local servers, features on disk, notebook cells."""
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import sys
+import tarfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torchaudio.datasets.ljspeech
+from conftest import ROOT, tree
+from test_oct_data import Handler, Server
+
+import offline_data
+import utils
+from utils import InputError
+
+RATE = utils.SPEECH_RATE
+REAL_CLIPS = ROOT.parent / "shared" / "data" / "LJSpeech-1.1"
+REAL_TEXTS = ROOT.parent / "shared" / "data" / "ljspeech_transcripts.csv"
+needs_real_clips = pytest.mark.skipif(not REAL_CLIPS.is_dir(), reason="the real clips are not at hand")
+
+
+def noise(seconds=0.5, seed=0, rate=RATE):
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * rate)).astype(np.float32)
+
+
+def make_corpus(folder: Path, num_clips=20, seconds=0.5) -> Path:
+    """A folder in LJ Speech's layout: `num_clips` different clips of noise."""
+    (folder / "wavs").mkdir(parents=True)
+    rows = [f'C{i:03d}|"No. {i}|"Number {i}, "quoted' for i in range(num_clips)]
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for i in range(num_clips):
+        soundfile.write(folder / "wavs" / f"C{i:03d}.wav", noise(seconds + 0.01 * i, seed=i), RATE)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_corpus(tmp_path / "mine")
+
+
+def replace_line(folder: Path, number: int, line: str | bytes) -> None:
+    lines = (folder / "metadata.csv").read_bytes().split(b"\n")
+    lines[number - 1] = line if isinstance(line, bytes) else line.encode()
+    (folder / "metadata.csv").write_bytes(b"\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_a_folder_is_read_and_split_by_row(folder, capsys):
+    corpus = utils.load_speech(str(folder))
+    assert (corpus.name, corpus.kind, corpus.sample_rate, corpus.left_out) == ("mine", "real", 22_050, [])
+    rows = {split: [clip.row for clip in clips] for split, clips in corpus.splits.items()}
+    assert rows == {"train": [*range(15)], "val": [15], "test": [*range(16, 20)]}
+    clip = corpus.splits["val"][0]
+    assert (clip.id, clip.text, clip.rate) == ("C015", '"Number 15, "quoted', RATE)  # quotes are letters here
+    assert clip.path == folder / "wavs" / "C015.wav" and clip.seconds == pytest.approx(0.65, abs=1e-4)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_description_follows_what_is_said_and_heard(folder):
+    description = utils.load_speech(str(folder)).description
+    assert description["counts"] == {"train": 15, "val": 1, "test": 4} and description["left_out"] == 0
+    assert description["hours"]["val"] == pytest.approx(0.65 / 3600, abs=1e-4)
+    assert json.loads(json.dumps(description)) == description
+    assert utils.load_speech(str(folder)).description == description
+    checksums = {description["sha256"]}
+    replace_line(folder, 3, "C002|2|another text")
+    checksums.add(utils.load_speech(str(folder)).description["sha256"])
+    soundfile.write(folder / "wavs" / "C002.wav", noise(0.9), RATE)
+    checksums.add(utils.load_speech(str(folder)).description["sha256"])
+    assert len(checksums) == 3
+
+
+def test_the_shares_are_the_official_rows_and_no_split_is_empty():
+    assert utils.split_rows(13_100) == {"train": (0, 9825), "val": (9825, 10480), "test": (10480, 13100)}
+    for num_rows in range(3, 200):
+        (start, val), (first, test), (second, end) = utils.split_rows(num_rows).values()
+        assert 0 == start < val == first < test == second < end == num_rows
+
+
+@needs_real_clips
+def test_the_real_clips_are_not_taken_for_the_whole(capsys):
+    corpus = utils.load_speech(str(REAL_CLIPS))
+    assert corpus.name == "LJ Speech, 186 of 13,100 clips" and corpus.kind == "real" and corpus.left_out == []
+    assert {split: len(clips) for split, clips in corpus.splits.items()} == {"train": 140, "val": 9, "test": 37}
+    assert sum(corpus.description["hours"].values()) == pytest.approx(0.3325, abs=2e-4)
+    assert corpus.splits["train"][1].text == "in being comparatively modern."
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not REAL_TEXTS.is_file(), reason="LJ Speech's texts are not at hand")
+def test_every_row_of_the_real_metadata_has_a_transcript(monkeypatch):
+    monkeypatch.setattr(utils, "read_wav_header", lambda path: (6.6, RATE))
+    lines = utils.read_lines(REAL_TEXTS)
+    clips = [utils.read_row(Path("lj"), row, line, 30.0) for row, line in enumerate(lines)]
+    assert len(clips) == len({clip.id for clip in clips}) == utils.LJSPEECH_CLIPS
+    assert (clips[0].id, clips[-1].id) == ("LJ001-0001", "LJ050-0278")
+    assert (min(len(c.text) for c in clips), max(len(c.text) for c in clips)) == (12, 187)
+
+
+def write_wav(samples, rate=RATE, **options):
+    return lambda path: soundfile.write(path, samples, rate, **options)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("line", "spoil", "reason"),
+    [
+        ("C004|only a text", None, "has 2 columns, not 3"),
+        ("C004|a|b|c", None, "has 4 columns, not 3"),
+        ("", None, "has 1 columns, not 3"),
+        (b"C004|caf\xe9|caf\xe9", None, "is not UTF-8"),
+        ("C004|raw only|  ", None, "the transcript of wavs/C004.wav is empty"),
+        ("|raw|text", None, "id '' names no file in wavs/"),
+        ("../C004|raw|text", None, "id '../C004' names no file in wavs/"),
+        ("..\\..\\C004|raw|text", None, "names no file in wavs/"),
+        ("a/../../C004|raw|text", None, "names no file in wavs/"),
+        ("C\0004|raw|text", None, "names no file in wavs/"),
+        ("C001|raw|the same id again", None, "id C001 was there before"),
+        ("C999|raw|text", None, "wavs/C999.wav: no such file"),
+        (None, Path.unlink, "wavs/C004.wav: no such file"),
+        (None, lambda path: (path.unlink(), path.mkdir()), "wavs/C004.wav: no such file"),
+        (None, lambda path: path.write_bytes(b""), "wavs/C004.wav: cannot be read as audio (Format not recognised.)"),
+        (None, lambda path: path.write_bytes(b"no audio" * 99), "wavs/C004.wav: cannot be read as audio"),
+        (None, lambda path: path.write_bytes(path.read_bytes()[:30]), "wavs/C004.wav: cannot be read as audio"),
+        (None, cut_in_half, "wavs/C004.wav: cut off, 11,885 of 23,814 bytes are there"),
+        (None, write_wav(np.zeros(0)), "wavs/C004.wav: holds no samples"),
+        (None, write_wav(noise(0.05)), "wavs/C004.wav lasts 0.05 s, not 0.1 to 30 s"),
+        (None, write_wav(np.zeros(31 * RATE)), "wavs/C004.wav lasts 31.00 s, not 0.1 to 30 s"),
+        (None, write_wav(np.zeros(600 * 8000), rate=8000), "wavs/C004.wav lasts 600.00 s"),
+    ],
+)
+def test_a_bad_row_gives_one_line_and_the_rest_goes_on(folder, capsys, line, spoil, reason):
+    if line is not None:
+        replace_line(folder, 5, line)
+    if spoil:
+        spoil(folder / "wavs" / "C004.wav")
+    corpus = utils.load_speech(str(folder))
+    assert len(corpus.left_out) == 1 and corpus.description["left_out"] == 1
+    rows = [clip.row for clip in corpus.splits["train"]]
+    assert rows == [0, 1, 2, 3, *range(5, 15)]  # the others stay where they were
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [corpus.left_out[0], "left out: 1 of 20 rows"]
+    assert printed[0].startswith(f"{folder / 'metadata.csv'} line 5: ") and reason in printed[0]
+
+
+def test_many_bad_rows_are_counted_and_five_are_printed(folder, capsys):
+    for i in range(2, 10):
+        (folder / "wavs" / f"C{i:03d}.wav").unlink()
+    corpus = utils.load_speech(str(folder))
+    assert len(corpus.left_out) == 8
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [*corpus.left_out[:5], "... and 3 more", "left out: 8 of 20 rows"]
+
+
+def test_the_longest_clip_allowed_can_be_chosen(folder):
+    corpus = utils.load_speech(str(folder), max_seconds=0.675)
+    assert [clip.row for clip in corpus.splits["test"]] == [16, 17] and len(corpus.left_out) == 2
+
+
+@pytest.mark.parametrize("ends", ["\r\n", "\n"])
+def test_ends_of_lines_and_byte_order_marks_are_no_text(folder, ends):
+    text = (folder / "metadata.csv").read_text().replace("\n", ends)
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + text.encode().rstrip())
+    corpus = utils.load_speech(str(folder))
+    assert corpus.left_out == []
+    assert (corpus.splits["train"][0].id, corpus.splits["test"][-1].text) == ("C000", '"Number 19, "quoted')
+
+
+def test_streamed_wavs_and_links_are_used(folder, tmp_path):
+    path = folder / "wavs" / "C004.wav"
+    streamed = bytearray(path.read_bytes())
+    streamed[40:44] = b"\xff\xff\xff\xff"  # what a program writes that cannot know the length yet
+    path.write_bytes(streamed)
+    (folder / "wavs" / "C005.wav").rename(tmp_path / "elsewhere.wav")
+    (folder / "wavs" / "C005.wav").symlink_to(tmp_path / "elsewhere.wav")
+    assert utils.load_speech(str(folder)).left_out == []
+
+
+@pytest.mark.parametrize("missing", ["metadata.csv", "wavs", "both"])
+def test_a_folder_of_another_layout_is_named(folder, missing):
+    for name in ("metadata.csv", "wavs") if missing == "both" else (missing,):
+        (folder / name).rename(folder / f"no-{name}")
+    with pytest.raises(InputError, match=r"mine: needs metadata\.csv .* and wavs/<id>\.wav") as error:
+        utils.load_speech(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_too_little_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        utils.load_speech(str(tmp_path / "nowhere"))
+    (folder / "wavs" / "C015.wav").unlink()
+    with pytest.raises(InputError, match="no clip of the val split can be used"):
+        utils.load_speech(str(folder))
+    for path in sorted((folder / "wavs").iterdir())[:-2]:
+        path.unlink()
+    with pytest.raises(InputError, match="2 of 20 rows can be used; at least 3 are needed"):
+        utils.load_speech(str(folder))
+    (folder / "metadata.csv").write_bytes(b"")
+    with pytest.raises(InputError, match="0 of 0 rows"):
+        utils.load_speech(str(folder))
+
+
+def test_three_clips_are_enough(tmp_path):
+    corpus = utils.load_speech(str(make_corpus(tmp_path / "three", num_clips=3)))
+    assert [[clip.row for clip in clips] for clips in corpus.splits.values()] == [[0], [1], [2]]
+
+
+ABOUT = {
+    "name": "made",
+    "kind": "spoken",
+    "splits": {"train": [0, 9], "val": [9, 12], "test": [12, 15], "more": [15, 20]},
+}
+
+
+def test_corpus_json_gives_name_kind_and_splits(folder):
+    (folder / "corpus.json").write_text(json.dumps(ABOUT))
+    corpus = utils.load_speech(str(folder))
+    assert (corpus.name, corpus.kind) == ("made", "spoken")
+    assert corpus.description["counts"] == {"train": 9, "val": 3, "test": 3, "more": 5}
+    (folder / "corpus.json").write_text(json.dumps({"name": "made", "kind": "spoken"}))
+    assert utils.load_speech(str(folder)).description["counts"] == {"train": 15, "val": 1, "test": 4}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "{",
+        "[]",
+        ABOUT | {"kind": "phantom"},
+        ABOUT | {"name": 3},
+        {"kind": "spoken"},
+        ABOUT | {"splits": {"train": [0, 10], "val": [9, 12], "test": [12, 20]}},
+        ABOUT | {"splits": {"train": [0, 9], "val": [9, 12], "test": [12, 21]}},
+        ABOUT | {"splits": {"train": [-1, 9], "val": [9, 12], "test": [12, 20]}},
+        ABOUT | {"splits": {"train": [9, 0], "val": [9, 12], "test": [12, 20]}},
+        ABOUT | {"splits": {"train": [0, 9], "test": [12, 20]}},
+        ABOUT | {"splits": {"train": [0], "val": [9, 12], "test": [12, 20]}},
+        ABOUT | {"splits": {"train": 3, "val": [9, 12], "test": [12, 20]}},
+    ],
+)
+def test_a_corpus_json_that_does_not_fit_is_named(folder, about):
+    (folder / "corpus.json").write_text(about if isinstance(about, str) else json.dumps(about))
+    with pytest.raises(InputError, match=r"corpus\.json: does not describe a corpus") as error:
+        utils.load_speech(str(folder))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which corpus
+
+
+@pytest.fixture
+def spoken(monkeypatch):
+    """A quick stand-in for the speech synthesiser; a list of what was made."""
+    made = []
+
+    def make(folder, seed=0):
+        if not folder.exists():
+            made.append(folder)
+            make_corpus(folder)
+            (folder / "corpus.json").write_text(json.dumps(ABOUT))
+
+    monkeypatch.setattr(utils.offline_data, "make_spoken_corpus", make)
+    return made
+
+
+def test_the_spoken_corpus_is_made_once_for_each_seed(tmp_path, spoken, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "download_ljspeech", lambda data_dir: pytest.fail("it needs no network"))
+    for seed in (0, 3, 0):
+        corpus = utils.load_speech("spoken", tmp_path / "data", seed)
+        assert (corpus.name, corpus.kind) == ("made", "spoken")
+    assert spoken == [tmp_path / "data" / "spoken-seed0", tmp_path / "data" / "spoken-seed3"]
+    assert "***" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [offline_data.SpeechError("espeak-ng is missing"), OSError(28, "No space left")])
+def test_a_spoken_corpus_that_cannot_be_made_is_named(tmp_path, monkeypatch, error):
+    def fail(folder, seed):
+        raise error
+
+    monkeypatch.setattr(utils.offline_data, "make_spoken_corpus", fail)
+    with pytest.raises(InputError, match=re.escape(f"the spoken corpus cannot be made: {error}")):
+        utils.load_speech("spoken", tmp_path)
+
+
+def test_auto_takes_ljspeech_where_it_is_and_passes_over_a_part(tmp_path, spoken, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "download_ljspeech", lambda data_dir: None)
+    folder = make_corpus(tmp_path / "data" / "LJSpeech-1.1")
+    monkeypatch.setattr(utils, "LJSPEECH_CLIPS", 20)
+    for source in ("auto", "ljspeech"):
+        corpus = utils.load_speech(source, tmp_path / "data")
+        assert (corpus.name, corpus.kind) == ("LJ Speech", "real")
+    assert capsys.readouterr().out == ""
+
+    (folder / "wavs" / "C019.wav").unlink()
+    assert utils.load_speech("auto", tmp_path / "data").kind == "spoken"
+    printed = capsys.readouterr().out
+    assert f"passing over {folder}" in printed and "*** " in printed and "SPOKEN" in printed
+    with pytest.raises(InputError) as error:
+        utils.load_speech("ljspeech", tmp_path / "data")
+    assert utils.LJSPEECH_URL in str(error.value) and utils.LJSPEECH_SHA256 in str(error.value)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert utils.load_speech(str(folder)).name == "LJ Speech, 19 of 20 clips"
+
+
+def test_a_whole_ljspeech_may_miss_a_clip_or_two(tmp_path, monkeypatch):
+    folder = make_corpus(tmp_path / "LJSpeech-1.1", num_clips=200, seconds=0.1)
+    monkeypatch.setattr(utils, "LJSPEECH_CLIPS", 200)
+    (folder / "wavs" / "C007.wav").unlink()
+    (folder / "wavs" / "C009.wav").unlink()
+    assert utils.load_speech("ljspeech", tmp_path, max_seconds=99).name == "LJ Speech, 198 of 200 clips"
+    (folder / "wavs" / "C011.wav").unlink()
+    assert not utils.is_ljspeech(folder)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The download
+
+
+class SlowHandler(Handler):
+    """Also serves slowly, but without a pause."""
+
+    def reply(self, body):
+        if self.server.behaviour != "slow":
+            return super().reply(body)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        for start in range(0, len(body), 2**16):
+            self.wfile.write(body[start : start + 2**16])
+            self.wfile.flush()
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory):
+    """A small LJSpeech-1.1.tar.bz2 of 20 clips: 0.6 MB."""
+    root = tmp_path_factory.mktemp("archive")
+    make_corpus(root / "LJSpeech-1.1")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:bz2") as tar:
+        tar.add(root / "LJSpeech-1.1", "LJSpeech-1.1")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def serve(monkeypatch, archive, tmp_path):
+    """Let torchaudio download from a local server."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(utils, "LJSPEECH_CLIPS", 20)
+    monkeypatch.setattr(utils, "LJSPEECH_ARCHIVE", 1e6)
+    monkeypatch.setattr(utils, "LJSPEECH_UNPACKED", 1e6)
+    monkeypatch.setattr(utils, "STALL_SECONDS", 0.7)
+    servers = []
+
+    def start(behaviour, expected=archive):
+        digest = hashlib.sha256(expected).hexdigest()
+        server = Server(archive, behaviour)
+        server.RequestHandlerClass = SlowHandler
+        server.url = server.url.replace("octmnist.npz", "LJSpeech-1.1.tar.bz2")
+        monkeypatch.setattr(utils, "LJSPEECH_URL", server.url)
+        monkeypatch.setattr(utils, "LJSPEECH_SHA256", digest)
+        release = torchaudio.datasets.ljspeech._RELEASE_CONFIGS["release1"]
+        monkeypatch.setitem(release, "checksum", digest)
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:  # shutting down takes half a second: not while the next test waits
+        threading.Thread(target=lambda s=server: (s.shutdown(), s.server_close()), daemon=True).start()
+
+
+def assert_no_download_goes_on():
+    for thread in threading.enumerate():
+        if thread.name == "ljspeech-download":
+            thread.join(3)
+            assert not thread.is_alive()
+    assert socket.getdefaulttimeout() is None
+
+
+def test_the_published_address_and_checksum_are_torchaudios():
+    release = torchaudio.datasets.ljspeech._RELEASE_CONFIGS["release1"]
+    assert (release["url"], release["checksum"]) == (utils.LJSPEECH_URL, utils.LJSPEECH_SHA256)
+
+
+def test_a_good_download_is_unpacked_kept_and_used_again(serve, tmp_path):
+    server = serve("right")
+    corpus = utils.load_speech("auto", tmp_path / "data")
+    assert (corpus.name, corpus.kind, corpus.left_out) == ("LJ Speech", "real", [])
+    assert corpus.description["counts"] == {"train": 15, "val": 1, "test": 4}
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["LJSpeech-1.1"]  # and no archive
+    requests = server.requests
+    utils.load_speech("ljspeech", tmp_path / "data")
+    assert server.requests == requests > 0
+
+
+@pytest.mark.parametrize("behaviour", ["cut off", "missing", "silent", "stalls"])
+def test_a_bad_network_gives_up_within_seconds_and_leaves_nothing(serve, tmp_path, capsys, behaviour):
+    serve(behaviour)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="could not be downloaded"):
+        utils.load_speech("ljspeech", tmp_path / "data")
+    assert time.monotonic() - started < 5
+    assert "no download:" in capsys.readouterr().out
+    assert_no_download_goes_on()
+    assert [*(tmp_path / "data").iterdir()] == []
+
+
+@pytest.mark.parametrize("whose", ["torchaudio's", "ours"])
+def test_a_wrong_checksum_is_no_ljspeech(serve, tmp_path, monkeypatch, whose):
+    serve("right", expected=b"another archive" if whose == "torchaudio's" else serve.__defaults__[0])
+    if whose == "ours":  # as if a later torchaudio knew another archive
+        monkeypatch.setattr(utils, "LJSPEECH_SHA256", "0" * 64)
+    with pytest.raises(InputError, match="could not be downloaded"):
+        utils.load_speech("ljspeech", tmp_path / "data")
+    assert [*(tmp_path / "data").iterdir()] == []
+
+
+def test_a_dead_port_gives_up_at_once_and_auto_goes_on_with_the_spoken_corpus(
+    serve, tmp_path, capsys, monkeypatch, spoken
+):
+    serve("right")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{unused.getsockname()[1]}/LJSpeech-1.1.tar.bz2"
+    monkeypatch.setattr(utils, "LJSPEECH_URL", dead)
+    started = time.monotonic()
+    corpus = utils.load_speech("auto", tmp_path / "data")
+    assert time.monotonic() - started < 5
+    assert corpus.kind == corpus.description["kind"] == "spoken"
+    assert "*** LJ Speech is not here" in capsys.readouterr().out
+
+
+def test_a_slow_download_goes_on_as_long_as_it_grows(serve, tmp_path, monkeypatch):
+    serve("slow")  # ten pieces, 0.2 s each: longer than any silence that is waited for
+    started = time.monotonic()
+    assert utils.load_speech("ljspeech", tmp_path / "data").name == "LJ Speech"
+    assert time.monotonic() - started > 2 * utils.STALL_SECONDS
+
+
+def test_slow_unpacking_counts_as_growth(serve, tmp_path, monkeypatch):
+    serve("right")
+    extract = tarfile.TarFile.extract
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *a, **k: (time.sleep(0.1), extract(*a, **k)))
+    started = time.monotonic()
+    assert utils.load_speech("ljspeech", tmp_path / "data").name == "LJ Speech"
+    assert time.monotonic() - started > 2 * utils.STALL_SECONDS
+
+
+@pytest.mark.parametrize("how", ["disk full", "stuck"])
+def test_half_an_unpacking_is_no_ljspeech(serve, tmp_path, monkeypatch, capsys, how):
+    serve("right")
+    extract, unpacked = tarfile.TarFile.extract, []
+
+    def spoiled(tar, member, path):
+        unpacked.append(member)
+        if len(unpacked) > 12:
+            if how == "disk full":
+                raise OSError(28, "No space left on device")
+            time.sleep(1.8)
+        extract(tar, member, path)
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", spoiled)
+    assert utils.download_ljspeech(tmp_path / "data") is None
+    expected = "No space left" if how == "disk full" else "nothing came for 1 s"
+    assert f"no download: {expected}" in capsys.readouterr().out.replace("[Errno 28] ", "")
+    assert_no_download_goes_on()
+    assert not utils.is_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
+    assert [path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")] == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_interrupted_download_does_not_go_on_in_the_background(serve, tmp_path, monkeypatch):
+    server = serve("slow")
+
+    def interrupt(folder):
+        size = sum(path.stat().st_size for path in folder.rglob("*"))
+        if size:
+            raise KeyboardInterrupt
+        return size
+
+    monkeypatch.setattr(utils, "folder_size", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        utils.download_ljspeech(tmp_path / "data")
+    assert server.requests == 1
+    started = time.monotonic()
+    assert_no_download_goes_on()
+    assert time.monotonic() - started < 1  # it would have gone on for two seconds
+    assert [*(tmp_path / "data").iterdir()] == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_name_server_that_answers_too_late_starts_no_download(serve, tmp_path, monkeypatch):
+    server = serve("right")
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (time.sleep(2), look_up(*a, **k))[1])
+    assert utils.download_ljspeech(tmp_path / "data") is None
+    assert_no_download_goes_on()
+    assert server.requests == 0
+
+
+def test_what_killed_downloads_left_is_never_used_and_removed_when_old(serve, tmp_path):
+    serve("missing")
+    old, new = (make_corpus(tmp_path / f".download-{age}" / "LJSpeech-1.1").parent for age in ("old", "new"))
+    for path in (old, *old.rglob("*")):
+        os.utime(path, (1, 1))
+    with pytest.raises(InputError, match="could not be downloaded"):
+        utils.load_speech("ljspeech", tmp_path)
+    assert new.exists() and not old.exists()
+
+
+def test_a_download_keeps_the_part_it_replaces(serve, tmp_path):
+    serve("right")
+    part = make_corpus(tmp_path / "LJSpeech-1.1", num_clips=3)
+    before = tree(part)
+    assert utils.load_speech("auto", tmp_path).name == "LJ Speech"
+    (kept,) = tmp_path.glob("LJSpeech-1.1.part-*")
+    assert tree(kept) == before
+
+
+def test_a_disk_too_small_is_known_before_the_download(serve, tmp_path, monkeypatch, capsys):
+    server = serve("right")
+    monkeypatch.setattr(utils, "LJSPEECH_UNPACKED", 1e18)
+    assert utils.download_ljspeech(tmp_path) is None
+    assert "GB are needed" in capsys.readouterr().out and server.requests == 0
+
+
+def test_a_data_folder_that_cannot_be_written_ends_the_download_alone(serve, tmp_path, capsys):
+    serve("right")
+    (tmp_path / "data").write_text("a file")
+    assert utils.download_ljspeech(tmp_path / "data") is None
+    assert "no download:" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------
+# Audio
+
+
+def tone(frequency, rate, seconds=1.0):
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def test_a_wav_is_read_as_the_mean_of_its_channels(tmp_path):
+    left, right = tone(300, RATE), noise(1.0)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
+    samples, rate = utils.read_wav(tmp_path / "stereo.wav")
+    assert samples.dtype == np.float32 and samples.ndim == 1 and rate == RATE
+    np.testing.assert_allclose(samples, (left + right) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000, 22_049])
+def test_another_rate_is_resampled(tmp_path, rate):
+    soundfile.write(tmp_path / "tone.wav", tone(1000, rate), rate, subtype="FLOAT")
+    assert utils.read_wav(tmp_path / "tone.wav")[1] == rate
+    samples, new_rate = utils.read_wav(str(tmp_path / "tone.wav"), RATE)
+    assert new_rate == RATE and samples.dtype == np.float32 and abs(len(samples) - RATE) <= 1
+    middle = slice(2000, 20_000)
+    np.testing.assert_allclose(samples[middle], tone(1000, RATE)[middle], atol=5e-3)
+
+
+def test_what_lies_above_half_the_new_rate_is_not_folded_down(tmp_path):
+    soundfile.write(tmp_path / "tone.wav", tone(16_000, 48_000), 48_000)
+    samples, _ = utils.read_wav(tmp_path / "tone.wav", RATE)
+    assert np.abs(samples[2000:20_000]).max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (None, "no such file"),
+        (Path.mkdir, "no such file"),
+        (Path.touch, "cannot be read as audio"),
+        (lambda path: path.write_text("text"), "cannot be read as audio"),
+        (write_wav(np.zeros(0)), "holds no samples"),
+        (write_wav(np.full(99, np.nan), subtype="FLOAT"), "no finite numbers"),
+    ],
+)
+def test_a_wav_that_cannot_be_used_is_named(tmp_path, spoil, message):
+    if spoil:
+        spoil(tmp_path / "my.wav")
+    with pytest.raises(InputError, match=rf"my\.wav: .*{message}") as error:
+        utils.read_wav(tmp_path / "my.wav")
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Features
+
+SETTINGS = {"hop": 256, "n_mels": 8}
+
+
+class Extract:
+    """Log energies of eight bands; counts its calls."""
+
+    def __init__(self):
+        self.calls, self.rates = 0, set()
+
+    def __call__(self, samples, rate):
+        self.calls += 1
+        self.rates.add(rate)
+        assert samples.dtype == np.float32
+        blocks = samples[: len(samples) // 256 * 256].reshape(-1, 256)
+        spectrum = np.abs(np.fft.rfft(blocks, axis=1))[:, :128] ** 2
+        return np.log(spectrum.reshape(len(blocks), 8, 16).sum(2) + 1e-5).astype(np.float32)
+
+
+def assert_cache_is_right(cache, corpus, left_out=()):
+    extract, train = Extract(), []
+    for split, clips in corpus.splits.items():
+        assert cache.clips(split) == [clip for clip in clips if clip.row not in left_out]
+        for clip in cache.clips(split):
+            expected = extract(*utils.read_wav(clip.path, corpus.sample_rate))
+            assert cache[clip].dtype == np.float16 and cache.frames(clip) == len(expected)
+            np.testing.assert_array_equal(cache[clip], expected.astype(np.float16))
+            np.testing.assert_allclose(cache[clip], expected, rtol=2**-11)
+            if split == "train":
+                train.append(cache[clip].astype(np.float64))
+    train = np.concatenate(train)
+    np.testing.assert_allclose(cache.mean, train.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(cache.std, train.std(0), rtol=1e-4)
+
+
+@pytest.fixture
+def corpus(folder):
+    return utils.load_speech(str(folder))
+
+
+def test_features_are_made_once_and_mapped_from_one_file(corpus, tmp_path):
+    extract = Extract()
+    cache = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    assert extract.calls == 20 and cache.left_out == []
+    assert_cache_is_right(cache, corpus)
+    assert [*tree(tmp_path / "data")] == [cache.path.name]
+    assert cache.nbytes == sum(cache.frames(clip) for clips in corpus.splits.values() for clip in clips) * 8 * 2
+
+    features, bases = cache[corpus.splits["test"][2]], []
+    assert not features.flags.writeable and not features.flags.owndata
+    while isinstance(features, np.ndarray):
+        features = features.base
+        bases.append(type(features).__name__)
+    assert "mmap" in bases
+
+    again = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    assert extract.calls == 20
+    assert_cache_is_right(again, corpus)
+
+
+@needs_real_clips
+def test_features_of_real_clips(tmp_path):
+    corpus = utils.load_speech(str(REAL_CLIPS))
+    cache = utils.cached_features(corpus, Extract(), SETTINGS, tmp_path)
+    assert cache.left_out == []
+    assert_cache_is_right(cache, corpus)
+
+
+def test_other_settings_have_another_file(corpus, tmp_path):
+    extract = Extract()
+    first = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    other = utils.cached_features(corpus, lambda s, r: 2 * extract(s, r), SETTINGS | {"hop": 99}, tmp_path / "data")
+    assert extract.calls == 40 and first.path != other.path
+    clip = corpus.splits["train"][0]
+    np.testing.assert_allclose(other[clip], 2 * first[clip].astype(np.float32), rtol=1e-3)
+    utils.cached_features(corpus, extract, dict(reversed(SETTINGS.items())), tmp_path / "data")
+    assert extract.calls == 40
+
+
+@pytest.mark.parametrize("change", ["audio", "time", "id", "splits", "another folder"])
+def test_a_changed_corpus_is_extracted_anew(corpus, folder, tmp_path, capsys, change):
+    extract = Extract()
+    first = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    path = folder / "wavs" / "C003.wav"
+    if change == "audio":
+        soundfile.write(path, noise(0.7, seed=99), RATE)
+    elif change == "time":
+        os.utime(path, (1, 1))
+    elif change == "id":
+        path.rename(path.with_name("new.wav"))
+        replace_line(folder, 4, "new|3|three")
+    elif change == "splits":
+        (folder / "corpus.json").write_text(json.dumps(ABOUT))
+    else:
+        folder = make_corpus(tmp_path / "other" / "mine", num_clips=9)
+    corpus = utils.load_speech(str(folder))
+    cache = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    assert extract.calls == 20 + (9 if change == "another folder" else 20)
+    assert_cache_is_right(cache, corpus)
+    assert (cache.path == first.path) == (change != "another folder")
+    message = "was made from other audio files, splits or settings: the features are made again"
+    assert (message in capsys.readouterr().out) == (change != "another folder")
+
+
+def test_a_cache_cut_off_anywhere_is_made_again(corpus, tmp_path, capsys):
+    extract = Extract()
+    path = utils.cached_features(corpus, extract, SETTINGS, tmp_path).path
+    whole = path.read_bytes()
+    for count, share in enumerate([0.0, 1e-3, 0.01, 0.5, 0.9, 0.99, 1 - 1e-3, 1 - 1 / len(whole)], start=1):
+        path.write_bytes(whole[: int(share * len(whole))])
+        utils.cached_features(corpus, extract, SETTINGS, tmp_path)
+        assert extract.calls == 20 * (count + 1) and path.read_bytes() == whole
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"{path}: ") and printed.endswith(": the features are made again\n")
+        assert printed.count("\n") == 1
+    for filler in (b"\0", whole[-64:]):  # a file system that forgot what it was told, or wrote it twice
+        path.write_bytes(whole[: len(whole) // 2] + filler * 999)
+        utils.cached_features(corpus, extract, SETTINGS, tmp_path)
+        assert "is cut off or damaged" in capsys.readouterr().out
+        assert path.read_bytes() == whole
+
+
+def test_a_cache_with_a_flipped_bit_is_made_again(tmp_path, capsys):
+    corpus = utils.load_speech(str(make_corpus(tmp_path / "three", num_clips=3)))
+    extract, rng = Extract(), np.random.default_rng(0)
+    path = utils.cached_features(corpus, extract, SETTINGS, tmp_path).path
+    whole = path.read_bytes()
+    places = [*rng.integers(0, len(whole), 40), *range(0, 64, 16), *range(len(whole) - 12, len(whole))]
+    for count, place in enumerate(places, start=1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        utils.cached_features(corpus, extract, SETTINGS, tmp_path)
+        assert extract.calls == 3 * (count + 1), place
+        assert path.read_bytes() == whole
+    assert capsys.readouterr().out.count("the features are made again\n") == len(places)
+
+
+def test_kill_9_in_the_middle_leaves_nothing_that_is_used(corpus, tmp_path):
+    data, extract = tmp_path / "data", Extract()
+
+    def slowly(samples, rate):
+        time.sleep(0.1)
+        return extract(samples, rate)
+
+    arguments = (corpus, slowly, SETTINGS, data)
+    process = multiprocessing.get_context("fork").Process(target=utils.cached_features, args=arguments)
+    process.start()
+    deadline = time.monotonic() + 30
+    while utils.folder_size(data) == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (part,) = data.iterdir()
+    assert part.name.startswith(".features-")
+    assert part.stat().st_size > 0
+    cache = utils.cached_features(corpus, extract, SETTINGS, data)
+    assert extract.calls == 20 and part.exists()  # for all one can tell, another process still writes it
+    assert_cache_is_right(cache, corpus)
+    os.utime(part, (time.time() - utils.STALE_SECONDS - 1,) * 2)
+    utils.cached_features(corpus, extract, SETTINGS, data)
+    assert extract.calls == 20 and [*data.iterdir()] == [cache.path]
+
+
+def test_an_extraction_that_fails_leaves_nothing(corpus, tmp_path):
+    def fail(samples, rate):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        utils.cached_features(corpus, fail, SETTINGS, tmp_path / "data")
+    shapes = iter([(9, 8), (9, 7)])
+    with pytest.raises(ValueError, match=r"C001\.wav: 7 features a frame, 8 before"):
+        utils.cached_features(corpus, lambda s, r: np.zeros(next(shapes), np.float32), SETTINGS, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"must be \[frames, n_mels\], not \[9\]"):
+        utils.cached_features(corpus, lambda s, r: np.zeros(9, np.float32), SETTINGS, tmp_path / "data")
+    assert tree(tmp_path / "data") == {}
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        (np.zeros(9999), "is silent"),
+        (np.full(9999, 0.3), "is silent"),
+        (np.random.default_rng(0).integers(-1, 2, 9999) / 2**15, "is silent"),
+        (np.stack([noise(), -noise()], 1), "is silent"),
+        (np.where(np.arange(9999) == 99, np.nan, 0.1), "holds samples that are no finite numbers"),
+        (noise() * 1e35, "its features do not fit into float16"),
+    ],
+)
+def test_silent_and_broken_audio_is_left_out_and_said_each_time(folder, tmp_path, capsys, samples, reason):
+    soundfile.write(folder / "wavs" / "C004.wav", samples, RATE, subtype="FLOAT")
+    corpus, extract = utils.load_speech(str(folder)), Extract()
+    huge = lambda s, r: np.where(np.abs(s).max() > 9, 1e9, extract(s / max(1, np.abs(s).max()), r))  # noqa: E731
+    for _ in range(2):
+        cache = utils.cached_features(corpus, huge, SETTINGS, tmp_path / "data")
+        assert len(cache.left_out) == 1 and cache.corpus.left_out == cache.left_out and corpus.left_out == []
+        printed = capsys.readouterr().out.splitlines()
+        assert printed == [cache.left_out[0], "left out: 1 of 20 rows"]
+        assert printed[0].startswith(f"{folder / 'metadata.csv'} line 5: ") and reason in printed[0]
+        assert "C004.wav" in printed[0]
+        assert_cache_is_right(cache, corpus, left_out=[4])
+        assert cache.corpus.description["counts"]["train"] == 14 and cache.corpus.description["left_out"] == 1
+
+
+def test_a_quiet_clip_is_no_silent_one(folder, tmp_path):
+    soundfile.write(folder / "wavs" / "C004.wav", noise() / 2**11, RATE)
+    cache = utils.cached_features(utils.load_speech(str(folder)), Extract(), SETTINGS, tmp_path / "data")
+    assert cache.left_out == []
+
+
+def test_a_split_of_silence_is_named(folder, tmp_path, capsys):
+    soundfile.write(folder / "wavs" / "C015.wav", np.zeros(9999), RATE)
+    with pytest.raises(InputError, match="no clip of the val split can be used"):
+        utils.cached_features(utils.load_speech(str(folder)), Extract(), SETTINGS, tmp_path / "data")
+    assert "C015.wav: is silent" in capsys.readouterr().out
+    for path in (folder / "wavs").iterdir():
+        soundfile.write(path, np.zeros(9999), RATE)
+    with pytest.raises(InputError, match="no clip of the train split can be used"):
+        utils.cached_features(utils.load_speech(str(folder)), Extract(), SETTINGS, tmp_path / "data")
+    assert "left out: 20 of 20 rows" in capsys.readouterr().out
+
+
+def test_clips_of_another_rate_are_counted_and_resampled(folder, tmp_path, capsys):
+    for i in (3, 7):
+        soundfile.write(folder / "wavs" / f"C{i:03d}.wav", tone(500, 16_000), 16_000)
+    corpus = utils.load_speech(str(folder))
+    assert capsys.readouterr().out == f"{folder}: 2 of 20 clips are not at 22050 Hz: they are resampled\n"
+    assert corpus.splits["train"][3].rate == 16_000 and corpus.splits["train"][3].seconds == 1.0
+    extract = Extract()
+    cache = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    assert extract.rates == {RATE} and cache.frames(corpus.splits["train"][3]) == RATE // 256
+    assert_cache_is_right(cache, corpus)
+
+
+def test_a_feature_that_never_changes_can_be_divided_by(corpus, tmp_path):
+    constant = lambda samples, rate: np.full((9, 3), [-11.5, 0.0, 7.1], np.float32)  # noqa: E731
+    cache = utils.cached_features(corpus, constant, SETTINGS, tmp_path)
+    np.testing.assert_allclose(cache.mean, [-11.5, 0, 7.1], rtol=1e-3)
+    assert (cache.std > 0).all() and np.isfinite(1 / cache.std).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Notebooks
+
+CELLS = [
+    ("markdown", [], "# Title"),
+    ("code", ["parameters"], "width = 3\n"),
+    (
+        "code",
+        ["definitions"],
+        ["from dataclasses import dataclass\n", "\n", "@dataclass\n", "class Box:\n", "    side: int = width"],
+    ),
+    ("code", [], "raise SystemExit('training')"),
+    ("code", ["definitions", "hide"], "def area(box):\n    # a comment\n    return box.side / zero\n\nzero = 0"),
+    ("code", [], "also_not_run = True"),
+]
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    cells = [{"cell_type": kind, "metadata": {"tags": tags}, "source": source} for kind, tags, source in CELLS]
+    cells.append({"cell_type": "code", "metadata": {}, "source": "no_tags = 1"})
+    path = tmp_path / "hw9-q9.ipynb"
+    path.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}))
+    yield path
+    sys.modules.pop("hw9_q9", None)
+
+
+def test_definitions_are_imported_and_nothing_else_runs(notebook):
+    module = utils.notebook_definitions(notebook)
+    assert module.__name__ == "hw9_q9" and sys.modules["hw9_q9"] is module and module.__file__ == str(notebook)
+    assert module.Box() == module.Box(3) and not hasattr(module, "also_not_run") and not hasattr(module, "no_tags")
+    assert pickle.loads(pickle.dumps(module.Box(4))) == module.Box(4)
+    assert inspect.getsource(module.area) == "def area(box):\n    # a comment\n    return box.side / zero\n"
+    if sys.version_info < (3, 13):  # later ones trust the line number, which counts from the start of the cell
+        assert inspect.getsource(module.Box) == "@dataclass\nclass Box:\n    side: int = width\n"
+    with pytest.raises(ZeroDivisionError) as error:
+        module.area(module.Box())
+    lines = "".join(traceback.format_exception(error.value))
+    assert 'File "hw9-q9.ipynb[cell 4]", line 3, in area\n    return box.side / zero\n' in lines
+
+
+def test_a_definition_that_fails_leaves_no_module(notebook):
+    good = utils.notebook_definitions(notebook)
+    notebook.write_text(notebook.read_text().replace("zero = 0", "zero = 1 / 0"))
+    with pytest.raises(ZeroDivisionError):
+        utils.notebook_definitions(notebook)
+    assert sys.modules["hw9_q9"] is good
+    sys.modules.pop("hw9_q9")
+    with contextlib.suppress(ZeroDivisionError):
+        utils.notebook_definitions(notebook)
+    assert "hw9_q9" not in sys.modules
+    assert re.fullmatch(r"\w+", good.__name__)
