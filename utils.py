@@ -29,7 +29,7 @@ import threading
 import time
 import types
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
@@ -1053,3 +1053,105 @@ def save_figure(figure: Figure, path: Path) -> None:
     # Without dates and versions the same drawing gives the same bytes.
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
         write_whole(path.with_name(path.name + suffix), partial(figure.savefig, metadata=metadata))
+
+
+def plot_recording(samples: np.ndarray, rate: int, log_mel: np.ndarray, frequencies: np.ndarray, title: str) -> Figure:
+    """Waveform over log-mel spectrogram, seconds below both.
+
+    `samples` [N] in [-1, 1] at `rate` Hz, `log_mel` [frames, n_mels], `frequencies` [n_mels]: the filters' middles, Hz.
+    """
+    figure, (wave, mel) = new_figure(2, 1, size=(9.0, 2.2))
+    seconds = len(samples) / rate
+    wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.4)
+    wave.set(title=title, ylabel="amplitude", xlim=(0, seconds))
+    picture = mel.imshow(
+        log_mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(frequencies))
+    )
+    hertz = [200, 500, 1000, 2000, 4000, 8000]
+    mel.set_yticks(np.interp(hertz, frequencies, np.arange(len(frequencies)) + 0.5), [f"{f:,}" for f in hertz])
+    mel.set(ylabel="frequency (Hz)", xlabel="time (s)")
+    mel.grid(False)
+    figure.colorbar(picture, ax=mel, label="log power", pad=0.01)
+    return figure
+
+
+SIMILARITIES = {"jaccard": "Jaccard", "cosine": "cosine", "damerau_levenshtein": "Damerau-Levenshtein"}
+
+
+def plot_speech_curves(histories: dict[str, list[dict]], title: str) -> Figure:
+    """Loss and the three similarities over the epochs, of all decoders: `histories` by the decoder's name."""
+    figure, (loss, similarity) = new_figure(1, 2, size=(5.4, 3.8))
+    styles = dict(zip(SIMILARITIES, (":", "--", "-"), strict=True))
+    for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
+        epochs = [entry["epoch"] for entry in history]
+        loss.plot(
+            epochs, [e["train"]["loss"] for e in history], color=colour, linestyle="--", label=f"{name}, training"
+        )
+        loss.plot(epochs, [e["val"]["loss"] for e in history], color=colour, label=f"{name}, validation")
+        for key, label in SIMILARITIES.items():
+            values = [entry["val"][key] for entry in history]
+            similarity.plot(epochs, values, color=colour, linestyle=styles[key], label=f"{name}, {label}")
+    loss.set(title=title, xlabel="epoch", ylabel="cross-entropy per character (nats)")
+    similarity.set(title="Similarity to the text, validation", xlabel="epoch", ylabel="similarity", ylim=(0, 1.02))
+    for axes in (loss, similarity):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def plot_alignments(
+    weights: dict[str, np.ndarray], labels: dict[str, str], seconds: float, title: str, path: np.ndarray | None = None
+) -> Figure:
+    """Cross-attention of each decoder on one sentence, side by side: characters down, seconds across.
+
+    `weights` by decoder [characters, positions], `labels` the characters of each; `path` [characters] optionally marks
+    seconds at which the CTC layer hears each character of the first.
+    """
+    longest = max(map(len, labels.values()))
+    figure, axes = new_figure(1, len(weights), size=(5.6, min(9.0, max(3.6, 0.13 * longest))))
+    for axis, (name, matrix) in zip(axes, weights.items(), strict=True):
+        count = len(matrix)
+        axis.imshow(matrix, aspect="auto", cmap="magma_r", extent=(0, seconds, count, 0), interpolation="nearest")
+        if path is not None and len(path) <= count:
+            axis.plot(path, np.arange(len(path)) + 0.5, ".", color=COLOURS[4], markersize=2.5, label="CTC alignment")
+            axis.legend(loc="upper right", fontsize=8)
+        characters = [{" ": "␣", "": ""}.get(c, c) for c in labels[name]]
+        axis.set_yticks(np.arange(count) + 0.5, characters[:count], fontsize=6, family="DejaVu Sans Mono")
+        axis.tick_params(axis="y", length=0)
+        axis.set(title=f"{name}: {title}" if title else name, xlabel="time (s)", ylabel="character written")
+        axis.grid(False)
+    return figure
+
+
+def plot_error_by_length(errors: dict[str, np.ndarray], lengths: np.ndarray, title: str, bins: int = 6) -> Figure:
+    """Character error rate against the length of the sentence, in bins of equally many sentences.
+
+    `errors` by decoder [sentences]: edit distance of each; `lengths` [sentences] characters of the references.
+    """
+    figure, (axes,) = new_figure(size=(6.4, 3.8))
+    groups = np.array_split(np.argsort(lengths, kind="stable"), min(bins, len(lengths)))
+    middles = [lengths[group].mean() for group in groups]
+    for colour, (name, distances) in zip(COLOURS, errors.items(), strict=False):
+        rates = [100 * distances[group].sum() / lengths[group].sum() for group in groups]
+        axes.plot(middles, rates, "o-", color=colour, label=name)
+    axes.set(title=title, xlabel="characters of the sentence (mean of a bin)", ylabel="character error rate (%)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def plot_confusions(counts: dict[str, np.ndarray], tokens: Sequence[str], title: str) -> Figure:
+    """Which character was written for which, by decoder: counts [tokens, tokens], rows the truth.
+
+    The last row and column, "nothing", hold insertions and deletions. The diagonal (correct) is left blank.
+    """
+    figure, axes = new_figure(1, len(counts), size=(6.0, 5.6))
+    for axis, (name, matrix) in zip(axes, counts.items(), strict=True):
+        wrong = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
+        shown = np.ma.masked_equal(wrong, 0)
+        picture = axis.imshow(shown, cmap="viridis_r", vmin=0)
+        axis.set_xticks(range(len(tokens)), tokens, fontsize=7, family="DejaVu Sans Mono")
+        axis.set_yticks(range(len(tokens)), tokens, fontsize=7, family="DejaVu Sans Mono")
+        axis.set(title=f"{name}: {title}", xlabel="written", ylabel="spoken")
+        figure.colorbar(picture, ax=axis, label="times", shrink=0.8)
+    return figure
