@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q1 q1-records q2 q2-grid q2-records readme test lint bench clean
+.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text q3-two-processes readme test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -25,6 +25,18 @@ q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms whe
 
 q2-grid: $(READY)  ## question 2, whole: three learning rates, the choice, no max-pool, three seeds
 	$(BIN)/python hw2-q2.py -grid -seeds 42 43 44 -jobs 2 $(ARGS)
+
+# Question 3 is a notebook: papermill runs it from top to bottom, nbconvert makes a page of the result.
+PAPERMILL := $(BIN)/papermill hw2-q3.ipynb --kernel python3 --log-output --no-progress-bar
+
+q3: $(READY)    ## question 3: train both decoders on LJ Speech, or on a spoken corpus where it cannot be had (ten minutes)
+	@mkdir -p runs/q3
+	$(PAPERMILL) runs/q3/hw2-q3.ipynb $(ARGS)
+	$(BIN)/jupyter nbconvert --log-level ERROR --to html runs/q3/hw2-q3.ipynb
+	@echo "open runs/q3/hw2-q3.html: curves, tables, alignments, transcripts"
+
+lab: $(READY)   ## open the notebook of question 3 in Jupyter
+	$(BIN)/jupyter lab hw2-q3.ipynb
 
 # Recorded runs: results/ holds their records. They resume, so that an interrupted `make` loses one epoch at most.
 # The real scans are not part of the repository: REAL names an .npz of OCTMNIST's layout.

@@ -984,6 +984,43 @@ def open_features(path: Path, corpus: SpeechCorpus, fingerprint: str) -> Feature
 
 
 # ---------------------------------------------------------------------------------------------------
+# Records of trained networks (Q3)
+
+
+def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]:
+    """The records of `folder`, those that differ in the seed alone put together: a dict a group, by its `title`.
+
+    `scores` holds mean and deviation of each score on `split`; `changes` what differs from the preset's settings.
+    """
+    groups = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        record = json.loads(path.read_text())
+        if split in record and "decoder" in record.get("config", {}):
+            shared = json.dumps([record["dataset"]["sha256"], record["config"], record["changes"]], sort_keys=True)
+            groups.setdefault(shared, []).append((path.name, record))
+    rows = []
+    for runs in groups.values():
+        names, records = zip(*runs, strict=True)
+        first = records[0]
+        scores = [{k: v for k, v in record[split].items() if isinstance(v, float)} for record in records]
+        rows.append(
+            {
+                "dataset": first["dataset"]["name"],
+                "kind": first["dataset"]["kind"],
+                "preset": first["config"]["preset"],
+                "changes": first["changes"],
+                "decoder": first["config"]["decoder"],
+                "seeds": [record["seed"] for record in records],
+                "clips": first[split]["clips"],
+                "minutes": mean_and_deviation([record["seconds"] / 60 for record in records]),
+                "scores": {key: mean_and_deviation([s[key] for s in scores]) for key in scores[0]},
+                "files": list(names),
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
 # Notebooks (Q3)
 
 

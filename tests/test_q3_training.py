@@ -1,0 +1,536 @@
+"""Question 3's training: what a step does, resuming after every kind of end, two processes, records, checkpoints, and
+recordings transcribed with the network that was trained. The data: words whose letters are tones."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from accelerate import debug_launcher
+from test_q3_models import DECODERS, RATE, STOP_BIAS, both_decoders, close, nb, network, talkative, tiny
+
+import utils
+from utils import InputError
+
+LETTERS = "abcdef"
+SPLITS = {"train": (0, 12), "val": (12, 14), "test": (14, 17), "test_other": (17, 19)}
+
+# Children start from a process that has imported what takes long and has computed nothing yet.
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["accelerate", "torchaudio", "matplotlib.figure", "soundfile", "hypothesis", "textdistance"])
+
+
+def tone_word(text, rng, rate=RATE):
+    """Samples of a text: 0.1 s a letter, each letter a tone of its own; a space is a pause."""
+    parts = [rng.normal(0, 0.002, int(0.1 * rate))]
+    for letter in text:
+        time = np.arange(int(rng.uniform(0.08, 0.1) * rate)) / rate
+        hertz = 400 * 1.5 ** LETTERS.index(letter) if letter in LETTERS else 0.0
+        parts += [0.3 * np.sin(2 * np.pi * hertz * time) + rng.normal(0, 0.01, len(time)), np.zeros(int(0.02 * rate))]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def make_tones(folder: Path, splits=SPLITS, seed=0) -> Path:
+    """A spoken corpus in LJ Speech's layout: words of three to six letters."""
+    rng = np.random.default_rng(seed)
+    (folder / "wavs").mkdir(parents=True)
+    rows = []
+    for number in range(max(end for _, end in splits.values())):
+        text = "".join(rng.choice(list(LETTERS + " "), rng.integers(3, 7))).strip() or "ab"
+        soundfile.write(folder / "wavs" / f"T{number:03d}.wav", tone_word(text, rng), RATE)
+        rows.append(f"T{number:03d}|{text}|{text}\n")
+    (folder / "metadata.csv").write_text("".join(rows))
+    (folder / "corpus.json").write_text(json.dumps({"name": "tones", "kind": "spoken", "splits": splits}))
+    return folder
+
+
+def small(**changes):
+    """A run of three epochs of three steps, with chance in it: dropout and SpecAugment."""
+    training = {"epochs": 3, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3, "average_epochs": 2}
+    chance = {"dropout": 0.1, "spec_augment": True, "guide_weight": 0.3, "guide_share": 0.8, "bucketing": True}
+    return tiny(**({"n_mels": 24} | training | chance | changes))
+
+
+def features(folder: Path, settings):
+    corpus = utils.load_speech(str(folder))
+    extract, about = nb.extractor(corpus.sample_rate, settings)
+    return utils.cached_features(corpus, extract, about, folder.parent / "features")
+
+
+def make_run(folder: Path, root: Path, decoder="lstm", seed=1, **changes):
+    settings = small(**changes)
+    cache = features(folder, settings)
+    return nb.Run(decoder, settings, "improved", seed, cache.corpus, cache, root)
+
+
+def train(run, precision="no"):
+    """In this process, in float32 whatever the hardware has."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nb, "precision", lambda: precision)
+        nb.train(run, True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tones(tmp_path_factory.mktemp("q3") / "tones")
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def whole(request, folder, tmp_path_factory):
+    """A run that nothing interrupted."""
+    run = make_run(folder, tmp_path_factory.mktemp("whole"), request.param)
+    train(run)
+    return run
+
+
+def weights(run):
+    return torch.load(run.folder / "model.pt", weights_only=True)["weights"]
+
+
+def without_times(history):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
+
+
+def assert_same_run(ours, expected):
+    """Bit for bit: weights, history, scores."""
+    first, second = weights(ours), weights(expected)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert without_times(ours.record["history"]) == without_times(expected.record["history"])
+    for key in ("val", "test", "test_other", "config", "dataset", "parameters"):
+        assert ours.record[key] == expected.record[key], key
+    files = [(run.folder / "transcripts.json").read_text() for run in (ours, expected)]
+    assert files[0] == files[1]
+    assert not list(ours.folder.glob("checkpoint-*")) and ours.is_finished
+
+
+# ---------------------------------------------------------------------------------------------------
+# What training does
+
+
+@both_decoders
+def test_training_is_the_stated_loop(folder, tmp_path, decoder, monkeypatch):
+    """Two epochs written out: AdamW on the mean loss a token, clipped, at the stated rate, guided for a while."""
+    run = make_run(folder, tmp_path, decoder, dropout=0.0, spec_augment=False, epochs=2, average_epochs=1, clip_norm=0.5)
+    train(run)
+    settings, cache, clips = run.settings, run.cache, run.cache.clips("train")
+    utils.set_seed(run.seed)
+    model = nb.SpeechToText(decoder, settings)
+    everything = np.concatenate([cache[clip] for clip in clips]).astype(np.float64)
+    model.encoder.feature_mean.copy_(torch.from_numpy(everything.mean(axis=0)))
+    model.encoder.feature_std.copy_(torch.from_numpy(everything.std(axis=0)))
+    if settings.scale_positions:  # one position of the audio counts as so many characters
+        model.encoder.position_rate.fill_(sum(len(clip.text) for clip in clips) / (len(everything) / settings.subsampling))
+    objective = nb.Objective(model, settings)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay)
+    frames, step, guided_steps, history = np.array([cache.frames(clip) for clip in clips]), 0, 0, []
+    for epoch in range(2):
+        sums, tokens = torch.zeros(3), 0
+        for batch in nb.make_batches(frames, settings, run.seed, epoch):
+            audio, lengths, text = nb.collate([clips[i] for i in batch], cache, model.vectorizer, "cpu")
+            guided = 2 <= step < 0.8 * 6
+            guided_steps += guided
+            losses = objective.train()(audio, lengths, text, guided)
+            count = sum(len(clips[i].text) + 1 for i in batch)
+            mix = (1 - settings.ctc_weight) * losses[0] + settings.ctc_weight * losses[1] + 0.3 * losses[2]
+            optimizer.zero_grad()
+            (mix / count).backward()
+            norm = nn_norm(model)
+            for parameter in model.parameters():
+                parameter.grad.mul_(min(1.0, 0.5 / (norm + 1e-6)))
+            optimizer.param_groups[0]["lr"] = nb.learning_rate(step, 6, settings)
+            optimizer.step()
+            sums, tokens, step = sums + losses.detach(), tokens + count, step + 1
+        history.append({"train": dict(zip(nb.LOSSES, (sums / tokens).tolist(), strict=True))})
+        history[-1]["val"] = nb.validate(model, settings, cache)
+    assert guided_steps == 3
+    for name, value in weights(run).items():
+        close(value, model.state_dict()[name], atol=2e-5)
+    for ours, expected in zip(run.record["history"], history, strict=True):
+        assert ours["train"] == pytest.approx(expected["train"], rel=1e-4)
+        assert ours["val"] == pytest.approx(expected["val"], rel=1e-3)
+
+
+def nn_norm(model):
+    return math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+
+
+def test_the_final_weights_are_the_mean_of_the_last_epochs(folder, tmp_path, monkeypatch):
+    seen, validate = [], nb.validate
+
+    def spy(model, settings, cache):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return validate(model, settings, cache)
+
+    monkeypatch.setattr(nb, "validate", spy)
+    run = make_run(folder, tmp_path, epochs=4, average_epochs=3)
+    train(run)
+    *epochs, final = seen
+    assert len(epochs) == 4 and not torch.equal(epochs[2]["ctc.weight"], epochs[3]["ctc.weight"])
+    for name, value in weights(run).items():
+        assert torch.equal(final[name], value)
+        close(value, torch.stack([weights[name] for weights in epochs[1:]]).mean(dim=0), atol=1e-6)
+
+
+def test_the_record_holds_what_it_must(whole):
+    record = whole.record
+    config = record["config"]
+    assert (config["preset"], config["decoder"]) == ("improved", whole.decoder)
+    assert {name: config[name] for name in whole.identity["settings"]} == whole.identity["settings"]
+    assert record["dataset"] == whole.corpus.description
+    assert {"name", "kind", "counts", "sha256"} <= set(record["dataset"]) and record["dataset"]["kind"] == "spoken"
+    assert record["dataset"]["counts"] == {"train": 12, "val": 2, "test": 3, "test_other": 2}
+    assert {"python", "torch", "numpy"} <= set(record["versions"]) and "command" in record and "date" in record
+    assert (record["seed"], record["device"], record["threads"], record["processes"]) == (1, "cpu", 1, 1)
+    assert record["precision"] == "no" and record["seconds"] > 0 and record["too_short_for_ctc"] == 0
+    model = nb.load_model(whole.folder / "model.pt", whole.decoder)
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    measures = {"jaccard", "cosine", "damerau_levenshtein", "osa", "cer", "wer", "loss", "ctc_loss"}
+    assert [entry["epoch"] for entry in record["history"]] == [1, 2, 3]
+    for entry in record["history"]:
+        assert set(entry["train"]) == {"loss", "ctc_loss", "guide_loss"} and measures <= set(entry["val"])
+    texts = json.loads((whole.folder / "transcripts.json").read_text())
+    objective = nb.Objective(model, whole.settings)
+    for split in ("test", "test_other"):
+        clips = whole.cache.clips(split)
+        scores, hypotheses = nb.test_scores(model, objective, clips, whole.cache)
+        assert record[split] == pytest.approx(scores) and measures <= set(record[split])
+        assert measures - {"loss", "ctc_loss"} <= set(record[split]["cut_to_97"])
+        assert record[split]["clips"] == len(clips)
+        assert texts[split] == dict(zip([clip.id for clip in clips], hypotheses, strict=True))
+    assert record["val"] == pytest.approx(nb.validate(model, whole.settings, whole.cache))
+    assert 0 < record["audio_hours"] == pytest.approx(3 * sum(c.seconds for c in whole.cache.clips("train")) / 3600, abs=0.006)
+
+
+def test_scores_cut_as_the_courses_are(monkeypatch):
+    model = network("lstm")
+    monkeypatch.setattr(nb, "transcripts", lambda model, clips, cache: ["a" * 97 + "x" * 103])
+    monkeypatch.setattr(nb, "mean_loss", lambda objective, clips, cache: {})
+    clips = [utils.Clip(0, "C", "a" * 200, Path("none.wav"), 1.0, RATE)]
+    scores, _ = nb.test_scores(model, None, clips, None)
+    assert scores["cer"] == 103 / 200 and scores["cut_to_97"]["cer"] == 0
+
+
+def test_progress_says_epoch_losses_and_time_left(folder, tmp_path, capsys):
+    train(make_run(folder, tmp_path, "transformer"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("transformer: epoch")]
+    assert len(lines) == 3 and "epoch  1 of 3" in lines[0] and lines[-1].endswith("0.0 min left")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Interrupted runs
+
+
+def install(patch, place, die):
+    """Let training come to `die` at a place of its second epoch, or of its end."""
+    calls = {"fsync": 0, "validate": 0}
+
+    def before(owner, name, condition):
+        genuine = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if condition(*args, **kwargs):
+                die()
+            return genuine(*args, **kwargs)
+
+        patch.setattr(owner, name, wrapped)
+
+    def count(name):
+        calls[name] += 1
+        return calls[name]
+
+    if place == "in the middle of an epoch":
+        before(nb, "learning_rate", lambda step, *rest: step == 4)
+    elif place == "at validation":
+        before(nb, "validate", lambda *args: count("validate") == 2)
+    elif place == "in the middle of a checkpoint":
+        genuine = torch.save
+
+        def half(content, path, **options):
+            genuine(content, path, **options)
+            if "checkpoint-002" in str(path):
+                os.truncate(path, Path(path).stat().st_size // 2)
+                die()
+
+        patch.setattr(torch, "save", half)
+    elif place == "before progress.json":
+        before(utils, "write_json", lambda path, record: path.name == "progress.json" and len(record["history"]) == 2)
+    elif place == "in the middle of progress.json":
+        before(utils.os, "fsync", lambda file: count("fsync") == 2)
+    elif place == "while the old checkpoint is removed":
+
+        def remove_some(path, **options):
+            next(iter(sorted(Path(path).iterdir()))).unlink()
+            die()
+
+        patch.setattr(nb.shutil, "rmtree", remove_some)
+    elif place == "before model.pt":
+        before(nb, "save_model", lambda *args: True)
+    else:
+        before(utils, "write_json", lambda path, record: path.name == place.removeprefix("before "))
+
+
+PLACES = [
+    "in the middle of an epoch",
+    "at validation",
+    "in the middle of a checkpoint",
+    "before progress.json",
+    "in the middle of progress.json",
+    "while the old checkpoint is removed",
+    "before model.pt",
+    "before transcripts.json",
+    "before record.json",
+]
+
+
+def train_and_die(folder, root, decoder, place):
+    install(pytest.MonkeyPatch(), place, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train(make_run(folder, root, decoder))
+
+
+def in_a_child(function, *arguments):
+    process = CHILDREN.Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        pytest.fail("the child hangs")
+    return process.exitcode
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_killed_anywhere_goes_on_to_the_same_end(folder, whole, tmp_path, place, capsys):
+    if whole.decoder == "lstm" and PLACES.index(place) % 2:
+        pytest.skip("the places are shared out between the decoders")
+    assert in_a_child(train_and_die, folder, tmp_path, whole.decoder, place) == -signal.SIGKILL
+    run = make_run(folder, tmp_path, whole.decoder)
+    assert not run.is_finished and run.folder.exists()
+    capsys.readouterr()
+    train(run)
+    epochs_done = {"before": 3, "while": 2}.get(place.split()[0], 1) if place != "before progress.json" else 1
+    assert f"going on after epoch {epochs_done} " in capsys.readouterr().out
+    assert_same_run(run, whole)
+
+
+class Interruption(BaseException):
+    pass
+
+
+def interrupt():
+    raise Interruption
+
+
+def test_a_run_interrupted_twice_by_an_exception_ends_as_if_it_had_not_been(folder, whole, tmp_path):
+    run = make_run(folder, tmp_path, whole.decoder)
+    for place in ("in the middle of an epoch", "before model.pt"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
+            install(patch, place, interrupt)
+            train(run)
+        torch.manual_seed(99)  # whatever happened in between must not matter
+    train(run)
+    assert_same_run(run, whole)
+
+
+def test_a_run_killed_in_its_first_epoch_starts_again(folder, whole, tmp_path):
+    run = make_run(folder, tmp_path, whole.decoder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
+        patch.setattr(nb, "save_progress", lambda *args: interrupt())
+        train(run)
+    train(run)
+    assert_same_run(run, whole)
+
+
+def test_a_finished_run_is_recognised_and_anything_else_has_another_folder(folder, whole, tmp_path):
+    again = make_run(folder, whole.root, whole.decoder)
+    assert again.folder == whole.folder and again.is_finished and again.record == whole.record
+    others = [make_run(folder, whole.root, whole.decoder, seed=2), make_run(folder, whole.root, whole.decoder, epochs=4)]
+    others.append(make_run(folder, whole.root, {"lstm": "transformer", "transformer": "lstm"}[whole.decoder]))
+    others.append(make_run(make_tones(tmp_path / "tones", seed=5), whole.root, whole.decoder))
+    assert len({run.folder for run in [whole, *others]}) == 5 and not any(run.is_finished for run in others)
+
+
+def test_a_deleted_model_is_trained_again(folder, whole, tmp_path):
+    run = make_run(folder, tmp_path, whole.decoder)
+    train(run)
+    (run.folder / "model.pt").unlink()
+    assert not run.is_finished
+    train(run)
+    assert_same_run(run, whole)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES = {
+    "progress is empty": lambda run: (run.folder / "progress.json").write_text(""),
+    "progress is cut off": lambda run: cut(run.folder / "progress.json"),
+    "progress is something else": lambda run: (run.folder / "progress.json").write_text("[1, 2]"),
+    "the checkpoint is gone": lambda run: (run.folder / "checkpoint-001").rename(run.root / "elsewhere"),
+    "weights are cut off": lambda run: cut(run.folder / "checkpoint-001" / "model.safetensors"),
+    "weights are gone": lambda run: (run.folder / "checkpoint-001" / "model.safetensors").unlink(),
+    "the optimizer is cut off": lambda run: cut(run.folder / "checkpoint-001" / "optimizer.bin"),
+    "the average is cut off": lambda run: cut(run.folder / "checkpoint-001" / "custom_checkpoint_0.pkl"),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder, tmp_path_factory):
+    """The folder of runs of one that was interrupted in its second epoch."""
+    root = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
+        install(patch, "at validation", interrupt)
+        train(make_run(folder, root))
+    return root
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_in_one_line(folder, interrupted, tmp_path, damage):
+    run = make_run(folder, tmp_path / "runs")
+    utils.shutil.copytree(interrupted, tmp_path / "runs")
+    DAMAGES[damage](run)
+    with pytest.raises(InputError) as error:
+        train(run)
+    message = str(error.value)
+    assert str(run.folder) in message and "delete the folder" in message and "\n" not in message
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several processes, bfloat16
+
+
+def train_in_two_processes(folder, root, decoder):
+    torch.set_num_threads(1)
+    nb.precision = lambda: "no"
+    run = make_run(folder, root, decoder, **DETERMINED)
+    debug_launcher(nb.train, (run, True), num_processes=2)
+
+
+DETERMINED = {"dropout": 0.0, "spec_augment": False}  # chance is drawn anew in each process
+
+
+@both_decoders
+def test_two_processes_learn_what_one_learns(folder, tmp_path, decoder):
+    one, two = (make_run(folder, tmp_path / name, decoder, **DETERMINED) for name in ("one", "two"))
+    train(one)
+    assert in_a_child(train_in_two_processes, folder, tmp_path / "two", decoder) == 0
+    assert (one.record["processes"], two.record["processes"]) == (1, 2)
+    for ours, expected in zip(two.record["history"], one.record["history"], strict=True):
+        assert ours["train"] == pytest.approx(expected["train"], rel=2e-4)
+        for loss in ("loss", "ctc_loss"):
+            assert ours["val"][loss] == pytest.approx(expected["val"][loss], rel=2e-4)
+    expected = weights(one)
+    for name, value in weights(two).items():
+        close(value, expected[name], atol=1e-3)
+
+
+def train_in_bfloat16(folder, root):
+    train(make_run(folder, root, **DETERMINED), "bf16")
+
+
+def test_bfloat16_learns_nearly_the_same(folder, tmp_path):
+    half, full = (make_run(folder, tmp_path / name, **DETERMINED) for name in ("bf16", "no"))
+    assert in_a_child(train_in_bfloat16, folder, tmp_path / "bf16") == 0
+    train(full)
+    assert half.record["precision"] == "bf16"
+    losses = [[entry["train"]["loss"] for entry in run.record["history"]] for run in (half, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+
+
+def test_the_precision_is_one_that_accelerate_knows():
+    assert nb.precision() in ("no", "bf16")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints of finished runs
+
+
+def test_a_model_is_loaded_as_it_was_saved(whole):
+    model = nb.load_model(whole.folder / "model.pt")
+    assert not model.training and isinstance(model.decoder, nb.SpeechToText.DECODERS[whole.decoder])
+    for name, value in weights(whole).items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def change(key, value):
+    def spoil(path):
+        contents = torch.load(path, weights_only=True)
+        torch.save(contents | {key: value} if key else value, path)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(cut, id="cut off"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_text("epoch,loss\n1,2\n"), id="text"),
+        pytest.param(lambda path: np.savez(path.open("wb"), a=np.zeros(3)), id="another archive"),
+        pytest.param(change(None, [1, 2]), id="a list"),
+        pytest.param(change("weights", {}), id="no weights"),
+        pytest.param(change("settings", {"colour": "blue"}), id="other settings"),
+        pytest.param(change("decoder", "mamba"), id="unknown decoder"),
+        pytest.param(lambda path: (path.unlink(), path.mkdir()), id="a folder"),
+    ],
+)
+def test_a_damaged_model_is_named_in_one_line(whole, tmp_path, spoil):
+    path = tmp_path / "model.pt"
+    path.write_bytes((whole.folder / "model.pt").read_bytes())
+    spoil(path)
+    with pytest.raises(InputError) as error:
+        nb.load_model(path, whole.decoder)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_flipped_bit_in_a_model_is_noticed(whole, tmp_path):
+    path = tmp_path / "model.pt"
+    content = bytearray((whole.folder / "model.pt").read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a checkpoint"):
+        nb.load_model(path)
+
+
+def test_the_other_decoder_and_no_file_are_named(whole, tmp_path):
+    other = {"lstm": "transformer", "transformer": "lstm"}[whole.decoder]
+    path = whole.folder / "model.pt"
+    with pytest.raises(InputError) as error:
+        nb.load_model(path, other)
+    assert str(error.value) == f"{path}: holds the {whole.decoder} decoder, not the {other} decoder"
+    with pytest.raises(InputError) as error:
+        nb.load_model(tmp_path / "model.pt", other)
+    assert str(error.value) == f"{tmp_path / 'model.pt'}: no such file"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Learning by heart, and recordings
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def learned(request, folder, tmp_path_factory):
+    """A run long enough to know its twelve clips by heart: each epoch has them forty times."""
+    run = make_run(folder, tmp_path_factory.mktemp("learned"), request.param, **BY_HEART)
+    train(run)
+    return run
+
+
+BY_HEART = {"epochs": 60, "batch_size": 6, "width": 32, "dropout": 0.0, "spec_augment": False, "learning_rate": 5e-3}
+
+
+def test_a_few_clips_are_learned_by_heart(learned):
+    history = learned.record["history"]
+    assert history[-1]["train"]["loss"] < 0.4 * history[0]["train"]["loss"]
+    model = nb.load_model(learned.folder / "model.pt", learned.decoder)
+    clips = learned.cache.clips("train")
+    scores = nb.score([clip.text for clip in clips], nb.transcripts(model, clips, learned.cache))
+    assert scores["cer"] < 0.05 and scores["exact"] > 0.8
