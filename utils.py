@@ -1141,8 +1141,8 @@ def plot_alignments(
 ) -> Figure:
     """Cross-attention of each decoder on one sentence, side by side: characters down, seconds across.
 
-    `weights` by decoder [characters, positions], `labels` the characters of each; `path` [characters] optionally marks
-    seconds at which the CTC layer hears each character of the first.
+    `weights` by decoder [characters + 1, positions], the last row for the stop; `labels` the text that each wrote;
+    `path` [characters] optionally marks the seconds at which the CTC layer hears the characters.
     """
     longest = max(map(len, labels.values()))
     figure, axes = new_figure(1, len(weights), size=(5.6, min(9.0, max(3.6, 0.13 * longest))))
@@ -1152,8 +1152,8 @@ def plot_alignments(
         if path is not None and len(path) <= count:
             axis.plot(path, np.arange(len(path)) + 0.5, ".", color=COLOURS[4], markersize=2.5, label="CTC alignment")
             axis.legend(loc="upper right", fontsize=8)
-        characters = [{" ": "␣", "": ""}.get(c, c) for c in labels[name]]
-        axis.set_yticks(np.arange(count) + 0.5, characters[:count], fontsize=6, family="DejaVu Sans Mono")
+        rows = [*labels[name].replace(" ", "␣"), "stop"]
+        axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=6, family="DejaVu Sans Mono")
         axis.tick_params(axis="y", length=0)
         axis.set(title=f"{name}: {title}" if title else name, xlabel="time (s)", ylabel="character written")
         axis.grid(False)

@@ -1,0 +1,322 @@
+"""Training and decoding of hw2-q3.ipynb against the course's way, interleaved in one process on one thread.
+
+    python benchmarks/bench_q3.py [-rounds 7] [-data ../shared/data/LJSpeech-1.1] [-out results/q3/bench.json]
+
+Training, in seconds of speech a second (padding does not count). Ours: the notebook's `train_epoch` with the preset
+`improved`, on batches of eight clips of like length. The course's way: every clip padded to 20 s (2,754 frames), no
+masks, subsampling by 2, kernels of 3, 99 tokens of which the pads count in the loss; as many clips a step, because
+from there on more of them are no faster and its own 64 want some 20 GB. Also timed: the same with two clips a step.
+
+Greedy decoding, in seconds for the same clips by the same trained network, whose texts must be the same. Ours:
+`generate`, which keeps what it has computed and stops at the stop. The course's way: audio padded to 20 s; at each of
+98 steps the whole text so far goes through the decoder anew. Also timed for the LSTM: the skeleton keeps its state, and
+computes only keys and values of the audio anew. The networks are those that `make q3` leaves in runs/q3; `-checkpoints`
+names others, `-checkpoint_data` what they were trained on.
+
+All in float32. A ratio compares medians over the rounds. Exit status 1 if one is below its bar, or texts differ.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import utils
+from utils import InputError
+
+q3 = utils.notebook_definitions(Path(__file__).parents[1] / "hw2-q3.ipynb")
+
+NAMES = {"lstm": "LSTM", "transformer": "transformer"}
+TRAINING_BAR, DECODING_BAR = 12, 15  # so many times as fast
+PADDED_SECONDS, PADDED_FRAMES, PADDED_TOKENS = 20, 2754, 99  # of the course's skeleton, whose hop is 160 samples
+TRAINING_BATCH, TRAINING_BATCHES = 8, 4
+COURSE_BATCHES = {"course": 8, "course, 4 clips a step": 4, "course, 2 clips a step": 2}
+DECODING_CLIPS, DECODING_BATCH = 32, 16  # the skeleton tests with batches of 16
+SEED = 42
+
+
+def quiet(*arguments, **options) -> tqdm:
+    return tqdm(*arguments, **options | {"disable": True})
+
+
+q3.tqdm = quiet  # a bar for each step would be in the way
+
+
+def interleave(ways: dict[str, Callable], rounds: int) -> tuple[dict, dict]:
+    """Seconds of every call by clock and way, each way once a round; and what each way returned last."""
+    times, results = {"wall": {name: [] for name in ways}, "cpu": {name: [] for name in ways}}, {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started, started_cpu = time.perf_counter(), time.process_time()
+            results[name] = way()
+            times["wall"][name].append(time.perf_counter() - started)
+            times["cpu"][name].append(time.process_time() - started_cpu)
+    return times, results
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+class OurTraining:
+    """The notebook's own `train_epoch`, untouched, with CTC and guide on, in float32."""
+
+    def __init__(self, decoder: str, batches: list[list], cache: utils.FeatureCache):
+        utils.set_seed(SEED)
+        settings = replace(q3.PRESETS["improved"], warmup_steps=0)  # the guide waits for the warm-up's end
+        model = q3.SpeechToText(decoder, settings)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self.accelerator = Accelerator(cpu=True, mixed_precision="no")
+        self.objective, self.optimizer = self.accelerator.prepare(q3.Objective(model, settings), optimizer)
+        self.run = q3.Run(decoder, settings, "improved", SEED, cache.corpus, cache, Path())
+        self.batches = batches
+
+    def __call__(self) -> float:
+        losses = q3.train_epoch(self.run, self.accelerator, self.objective, self.optimizer, self.batches, epoch=0)
+        return losses["loss"]
+
+
+class UnmaskedAttention(q3.MultiHeadAttention):
+    """As in the course's skeleton: nothing is masked, and queries and keys are scaled instead of their products."""
+
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        query = self.split(self.query(x))
+        scale = query.shape[3] ** -0.25
+        weights = ((query * scale) @ (keys * scale).transpose(2, 3)).softmax(dim=3)
+        return self.output((weights @ values).transpose(1, 2).flatten(2))
+
+
+class CourseTraining:
+    """A step as in the course's skeleton, with four blocks in the statement's form. Features are made beforehand."""
+
+    def __init__(self, decoder: str, clips: Sequence, sample_rate: int):
+        utils.set_seed(SEED)
+        settings = replace(q3.PRESETS["homework"], hop_length=160, dropout=0.0)  # the skeleton has no dropout
+        self.model = q3.SpeechToText(decoder, settings)
+        for block in (*self.model.encoder.blocks, self.model.decoder.cross_block):
+            block.attention = UnmaskedAttention(settings.width, settings.heads)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), settings.learning_rate)
+        self.label_smoothing = settings.label_smoothing
+
+        extract, _ = q3.extractor(sample_rate, settings)
+        vectorizer = q3.TokenVectorizer(PADDED_TOKENS - 2)
+        self.audio = torch.zeros(len(clips), PADDED_FRAMES, settings.n_mels)
+        self.text = torch.full((len(clips), PADDED_TOKENS), vectorizer.PAD)
+        for row, clip in enumerate(clips):
+            features = torch.from_numpy(extract(utils.read_wav(clip.path, sample_rate)[0], sample_rate))[:PADDED_FRAMES]
+            self.audio[row, : len(features)] = features
+            tokens = torch.tensor(vectorizer.encode(clip.text))
+            self.text[row, : len(tokens)] = tokens
+        self.lengths = torch.full((len(clips),), PADDED_FRAMES)
+
+    def __call__(self) -> float:
+        self.optimizer.zero_grad()
+        logits = self.model(self.audio, self.lengths, self.text[:, :-1])
+        loss = F.cross_entropy(logits.transpose(1, 2), self.text[:, 1:], label_smoothing=self.label_smoothing)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def choose_batches(cache: utils.FeatureCache, number: int) -> list[list]:
+    """`number` batches of training clips, spread over all lengths; in the first epoch batches go by length."""
+    settings = replace(q3.PRESETS["improved"], batch_size=TRAINING_BATCH)
+    clips = cache.clips("train")
+    lengths = torch.tensor([cache.frames(clip) for clip in clips]).numpy()
+    batches = q3.make_batches(lengths, settings, SEED, epoch=0)
+    if len(batches) < number:
+        raise InputError(f"{cache.corpus.name}: {len(clips)} training clips are too few: {number} batches are needed")
+    chosen = [batches[(2 * i + 1) * len(batches) // (2 * number)] for i in range(number)]
+    return [[clips[i] for i in batch] for batch in chosen]
+
+
+def compare_training(decoder: str, cache: utils.FeatureCache, rounds: int) -> dict:
+    batches = choose_batches(cache, TRAINING_BATCHES)
+    clips = [clip for rank in zip(*batches, strict=False) for clip in rank]  # of each length in turn
+    ways = {"ours": OurTraining(decoder, batches, cache)}
+    for name, size in COURSE_BATCHES.items():
+        ways[name] = CourseTraining(decoder, clips[:size], cache.corpus.sample_rate)
+    times, _ = interleave(ways, rounds)
+    # A padded step takes as long whatever its clips: it is credited with clips of the mean length of ours.
+    mean = sum(clip.seconds for clip in clips) / len(clips)
+    speech = {name: mean * COURSE_BATCHES.get(name, len(clips)) for name in ways}
+    medians = {clock: {name: statistics.median(t) for name, t in by_way.items()} for clock, by_way in times.items()}
+    rates = {clock: {name: speech[name] / t for name, t in by_way.items()} for clock, by_way in medians.items()}
+    return {
+        "clips": len(clips),
+        "mean_clip_seconds": mean,
+        "speech_seconds_per_round": speech,
+        "speech_seconds_per_second": rates,
+        "ratio_wall": {name: rates["wall"]["ours"] / rate for name, rate in rates["wall"].items()},
+        "ratio_cpu": {name: rates["cpu"]["ours"] / rate for name, rate in rates["cpu"].items()},
+        "rounds": times,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def until_stop(tokens: Tensor) -> list[list[int]]:
+    """Rows of `tokens` [B, U], start first, up to and without the stop, as `generate` gives them."""
+    stop = q3.TokenVectorizer.STOP
+    rows = tokens[:, 1:].tolist()
+    return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+@torch.inference_mode()
+def course_generate(
+    model, padded_frames: int, audio: Tensor, audio_lengths: Tensor, steps: int, keep_state: bool = False
+) -> list[list[int]]:
+    """Greedy decoding as in the course's skeleton, but with its audio's padding masked, so that the texts are ours.
+
+    `steps` times the whole text so far goes through the decoder; with `keep_state` (the skeleton's LSTM) only the last
+    token does. Keys and values of the audio are computed at every step.
+    """
+    audio = F.pad(audio, (0, 0, 0, padded_frames - audio.shape[1]))  # [B, padded_frames, n_mels]
+    memory, memory_mask = model.encoder(audio, audio_lengths)
+    text = torch.full((len(audio), 1), q3.TokenVectorizer.START)
+    past = None
+    for _ in range(steps):
+        if keep_state:
+            state = replace(model.decoder.start(memory, memory_mask), past=past)
+            logits, state = model.decoder.step(text[:, -1:], state)
+            past = state.past
+        else:
+            logits = model.decoder(text, memory, memory_mask)
+        text = torch.cat([text, logits[:, -1:].argmax(dim=2)], dim=1)
+    return until_stop(text)
+
+
+def compare_decoding(model, cache: utils.FeatureCache, rounds: int) -> dict:
+    clips = cache.clips("test")
+    clips = clips[:: max(1, len(clips) // DECODING_CLIPS)][:DECODING_CLIPS]
+    batches = [q3.collate(b, cache, model.vectorizer, "cpu") for b in q3.in_batches(clips, cache, DECODING_BATCH)]
+    steps = max(PADDED_TOKENS, *(text.shape[1] for _, _, text in batches)) - 1
+    padded_frames = PADDED_SECONDS * cache.corpus.sample_rate // q3.PRESETS["improved"].hop_length + 1
+
+    def decode(generate: Callable) -> list[list[int]]:
+        return [tokens for audio, lengths, _ in batches for tokens in generate(audio, lengths, steps)]
+
+    ways = {
+        "ours": partial(decode, model.generate),
+        "course": partial(decode, partial(course_generate, model, padded_frames)),
+    }
+    if isinstance(model.decoder, q3.TextDecoderRecurrent):
+        ways["course, state kept"] = partial(decode, partial(course_generate, model, padded_frames, keep_state=True))
+    times, texts = interleave(ways, rounds)
+    medians = {clock: {name: statistics.median(t) for name, t in by_way.items()} for clock, by_way in times.items()}
+    return {
+        "clips": len(clips),
+        "speech_seconds": sum(clip.seconds for clip in clips),
+        "steps": steps,
+        "padded_frames": padded_frames,
+        "texts_identical": all(text == texts["ours"] for text in texts.values()),
+        "stopped": sum(len(tokens) < steps for tokens in texts["ours"]),
+        "seconds": medians,
+        "ratio_wall": {name: t / medians["wall"]["ours"] for name, t in medians["wall"].items()},
+        "ratio_cpu": {name: t / medians["cpu"]["ours"] for name, t in medians["cpu"].items()},
+        "rounds": times,
+    }
+
+
+def load_speech(source: str, data_dir: Path) -> utils.FeatureCache:
+    corpus = utils.load_speech(source, data_dir)
+    return utils.cached_features(corpus, *q3.extractor(corpus.sample_rate, q3.PRESETS["improved"]), data_dir)
+
+
+def load_models(paths: list[Path] | None, cache: utils.FeatureCache) -> dict:
+    """The networks by decoder: those of `paths`, or of the finished runs of `make q3` on the same clips."""
+    if paths is None:
+        improved = q3.PRESETS["improved"]
+        runs = [q3.Run(d, improved, "improved", SEED, cache.corpus, cache, Path("runs/q3")) for d in NAMES]
+        if not all(run.is_finished for run in runs):
+            raise InputError(f"no finished runs on {cache.corpus.name} in runs/q3: run `make q3` first")
+        paths = [run.folder / "model.pt" for run in runs]
+    return {d: q3.load_model(path, d) for d, path in zip(NAMES, paths, strict=True)}
+
+
+def judge(record: dict) -> list[dict]:
+    """What was measured beside its bar."""
+    rows = []
+    for what, bar in (("training", TRAINING_BAR), ("decoding", DECODING_BAR)):
+        for decoder, result in record[what].items():
+            value = result["ratio_wall"]["course"]
+            rows.append({"what": f"{what}, {NAMES[decoder]}", "value": value, "bar": bar, "kept": value >= bar})
+    return rows
+
+
+def measure(args: argparse.Namespace) -> dict:
+    decoding_cache = load_speech(args.checkpoint_data, args.data_dir)
+    models = load_models(args.checkpoints, decoding_cache)
+    training_cache = load_speech(args.data, args.data_dir)
+    training, decoding = {}, {}
+    for decoder in tqdm(NAMES, desc="benchmark", disable=None, leave=False):
+        training[decoder] = compare_training(decoder, training_cache, args.rounds)
+        decoding[decoder] = compare_decoding(models[decoder], decoding_cache, args.rounds)
+    dataset = {"training": training_cache.corpus.description, "decoding": decoding_cache.corpus.description}
+    return {"dataset": dataset, "training": training, "decoding": decoding}
+
+
+def show(record: dict) -> None:
+    def row(name: str, value: str, result: dict) -> None:
+        wall, cpu = result["ratio_wall"][name], result["ratio_cpu"][name]
+        print(f"    {name:28s}{value:>10s}" + (f"{wall:10.1f}{cpu:10.1f}" if name != "ours" else ""))
+
+    columns = f"{'ratio':>10s}{'CPU time':>10s}"
+    print(f"{'training: seconds of speech a second':42s}{columns}   {record['dataset']['training']['name']}")
+    for decoder, result in record["training"].items():
+        print(f"  {NAMES[decoder]}")
+        for name, value in result["speech_seconds_per_second"]["wall"].items():
+            row(name, f"{value:.2f}", result)
+    print(f"{'greedy decoding: seconds':42s}{columns}   {record['dataset']['decoding']['name']}")
+    for decoder, result in record["decoding"].items():
+        same = "the same texts" if result["texts_identical"] else "DIFFERENT TEXTS"
+        print(f"  {NAMES[decoder]}: {result['clips']} clips, {same}")
+        for name, value in result["seconds"]["wall"].items():
+            row(name, f"{value:.3f}", result)
+    print(f"{'times as fast as the course':32s}{'measured':>10s}{'bar':>10s}")
+    for bar in record["bars"]:
+        print(f"{bar['what']:32s}{bar['value']:10.1f}{bar['bar']:10g}{'' if bar['kept'] else '   MISSED'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-rounds", type=utils.number(int, 1), default=7)
+    parser.add_argument("-data", default="spoken", help="to train on: ljspeech, spoken, or a folder")
+    parser.add_argument("-data_dir", type=Path, default=Path("data"))
+    parser.add_argument("-checkpoints", type=Path, nargs=2, metavar=("LSTM", "TRANSFORMER"), help="two files model.pt")
+    parser.add_argument("-checkpoint_data", default="spoken", help="what the networks of -checkpoints were trained on")
+    parser.add_argument("-out", type=Path, help="write a record")
+    args = parser.parse_args(arguments)
+
+    utils.git_state()
+    torch.set_num_threads(1)
+    try:
+        record = measure(args)
+    except InputError as error:
+        parser.error(str(error))
+    record["bars"] = judge(record)
+    show(record)
+    if args.out:
+        about = {"config": {"rounds": args.rounds, "training_batch": TRAINING_BATCH, "dtype": "float32", "seed": SEED}}
+        utils.write_json(args.out, about | record | {"threads": 1, "device": "cpu"} | utils.run_environment())
+    same = all(result["texts_identical"] for result in record["decoding"].values())
+    return 0 if same and all(bar["kept"] for bar in record["bars"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
