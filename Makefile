@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text q3-two-processes readme test lint bench clean
+.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text readme test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -63,6 +63,26 @@ q2-records: $(READY)  ## question 2: make every record that the README quotes (R
 	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-strong.json \
 	    -checkpoint $(SEEDS:%=results/q2/phantom-strong/maxpool-lr0.003-%/best.pt)
 	$(BIN)/python benchmarks/bench_q2.py -out results/q2/bench.json
+
+# LJ Speech, or a part of it, in its own layout; the texts of all its clips.
+REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
+TEXTS ?= ../shared/data/ljspeech_transcripts.csv
+RECORDED = runs/q3/$(1).ipynb -p records_dir results/q3 $(2)
+
+q3-records: $(READY)  ## question 3: make every record that the README quotes, but for the long run (REAL_SPEECH=LJSpeech-1.1)
+	@mkdir -p runs/q3
+	$(PAPERMILL) $(call RECORDED,seed42,-p data spoken -p seed 42)
+	$(PAPERMILL) $(call RECORDED,seed43,-p data spoken -p seed 43)
+	$(PAPERMILL) $(call RECORDED,seed44,-p data spoken -p seed 44)
+	$(PAPERMILL) $(call RECORDED,memorise,-p data $(REAL_SPEECH) -p memorise 32 \
+	    -y 'overrides: {epochs: 120, warmup_steps: 50, dropout: 0.0, average_epochs: 1}')
+	$(PAPERMILL) $(call RECORDED,homework,-p data spoken -p preset homework)
+	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
+
+q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)
+	@mkdir -p runs/q3
+	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
+	$(PAPERMILL) $(call RECORDED,lj-text,-p data data/lj-text -y 'overrides: {epochs: 6}' $(ARGS))
 
 readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
 	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1

@@ -861,6 +861,14 @@ class FeatureCache:
     def nbytes(self) -> int:
         return self.features.nbytes
 
+    def __getstate__(self) -> dict:
+        """For other processes: they map the file again instead of being sent its contents."""
+        return {**self.__dict__, "features": self.features.shape}
+
+    def __setstate__(self, state: dict) -> None:
+        features = np.memmap(state["path"], "<f2", "r", len(FEATURES_MAGIC), state["features"]).view(np.ndarray)
+        self.__dict__.update(state, features=features)
+
 
 def cached_features(corpus: SpeechCorpus, extract: Extract, settings: dict, data_dir: Path | str) -> FeatureCache:
     """The features that `extract` makes of every clip: made once, then mapped from one file in `data_dir`.
@@ -1145,15 +1153,15 @@ def plot_alignments(
     `path` [characters] optionally marks the seconds at which the CTC layer hears the characters.
     """
     longest = max(map(len, labels.values()))
-    figure, axes = new_figure(1, len(weights), size=(5.6, min(9.0, max(3.6, 0.13 * longest))))
+    figure, axes = new_figure(1, len(weights), size=(5.6, min(12.0, max(3.6, 0.16 * longest))))
     for axis, (name, matrix) in zip(axes, weights.items(), strict=True):
         count = len(matrix)
-        axis.imshow(matrix, aspect="auto", cmap="magma_r", extent=(0, seconds, count, 0), interpolation="nearest")
+        axis.imshow(matrix, aspect="auto", cmap="Greys", extent=(0, seconds, count, 0), interpolation="nearest")
         if path is not None and len(path) <= count:
-            axis.plot(path, np.arange(len(path)) + 0.5, ".", color=COLOURS[4], markersize=2.5, label="CTC alignment")
-            axis.legend(loc="upper right", fontsize=8)
+            axis.plot(path, np.arange(len(path)) + 0.5, "o", color=COLOURS[1], markersize=3, label="heard by CTC")
+            axis.legend(loc="upper right")
         rows = [*labels[name].replace(" ", "␣"), "stop"]
-        axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=6, family="DejaVu Sans Mono")
+        axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8, family="DejaVu Sans Mono")
         axis.tick_params(axis="y", length=0)
         axis.set(title=f"{name}: {title}" if title else name, xlabel="time (s)", ylabel="character written")
         axis.grid(False)
@@ -1187,8 +1195,9 @@ def plot_confusions(counts: dict[str, np.ndarray], tokens: Sequence[str], title:
         wrong = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
         shown = np.ma.masked_equal(wrong, 0)
         picture = axis.imshow(shown, cmap="viridis_r", vmin=0)
-        axis.set_xticks(range(len(tokens)), tokens, fontsize=7, family="DejaVu Sans Mono")
-        axis.set_yticks(range(len(tokens)), tokens, fontsize=7, family="DejaVu Sans Mono")
+        axis.grid(False)
+        axis.set_xticks(range(len(tokens)), tokens, fontsize=9, family="DejaVu Sans Mono")
+        axis.set_yticks(range(len(tokens)), tokens, fontsize=9, family="DejaVu Sans Mono")
         axis.set(title=f"{name}: {title}", xlabel="written", ylabel="spoken")
         figure.colorbar(picture, ax=axis, label="times", shrink=0.8)
     return figure

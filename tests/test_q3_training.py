@@ -5,14 +5,18 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
+import papermill.cli
 import pytest
 import soundfile
 import torch
 from accelerate import debug_launcher
+from click.testing import CliRunner
 from test_q3_models import DECODERS, RATE, STOP_BIAS, both_decoders, close, nb, network, talkative, tiny
 
 import utils
@@ -59,6 +63,9 @@ def small(**changes):
     training = {"epochs": 3, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3, "average_epochs": 2}
     chance = {"dropout": 0.1, "spec_augment": True, "guide_weight": 0.3, "guide_share": 0.8, "bucketing": True}
     return tiny(**({"n_mels": 24} | training | chance | changes))
+
+
+DETERMINED = {"dropout": 0.0, "spec_augment": False}  # nothing but weights and order is left to chance
 
 
 def features(folder: Path, settings):
@@ -127,9 +134,10 @@ def assert_same_run(ours, expected):
 
 
 @both_decoders
-def test_training_is_the_stated_loop(folder, tmp_path, decoder, monkeypatch):
-    """Two epochs written out: AdamW on the mean loss a token, clipped, at the stated rate, guided for a while."""
-    run = make_run(folder, tmp_path, decoder, dropout=0.0, spec_augment=False, epochs=2, average_epochs=1, clip_norm=0.5)
+def test_training_is_the_stated_loop(folder, tmp_path, decoder):
+    """Two epochs written out: AdamW on the mean loss a token, clipped, at the stated rate, guided for some steps."""
+    settings = {"epochs": 2, "average_epochs": 1, "clip_norm": 0.5, "weight_decay": 0.5}
+    run = make_run(folder, tmp_path, decoder, **DETERMINED, **settings)
     train(run)
     settings, cache, clips = run.settings, run.cache, run.cache.clips("train")
     utils.set_seed(run.seed)
@@ -163,7 +171,7 @@ def test_training_is_the_stated_loop(folder, tmp_path, decoder, monkeypatch):
         history[-1]["val"] = nb.validate(model, settings, cache)
     assert guided_steps == 3
     for name, value in weights(run).items():
-        close(value, model.state_dict()[name], atol=2e-5)
+        close(value, model.state_dict()[name], atol=2e-4)
     for ours, expected in zip(run.record["history"], history, strict=True):
         assert ours["train"] == pytest.approx(expected["train"], rel=1e-4)
         assert ours["val"] == pytest.approx(expected["val"], rel=1e-3)
@@ -224,6 +232,22 @@ def test_scores_cut_as_the_courses_are(monkeypatch):
     clips = [utils.Clip(0, "C", "a" * 200, Path("none.wav"), 1.0, RATE)]
     scores, _ = nb.test_scores(model, None, clips, None)
     assert scores["cer"] == 103 / 200 and scores["cut_to_97"]["cer"] == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 5e-4, "max_characters": 9, "clip_norm": None}])
+def test_the_command_in_a_record_makes_the_same_run_again(tmp_path, changes, monkeypatch):
+    folder = make_tones(tmp_path / "my tones")
+    settings = nb.choose_settings("homework", changes)
+    cache = features(folder, settings)
+    run = nb.Run("transformer", settings, "homework", 7, cache.corpus, cache, tmp_path, str(folder))
+    program, *words = shlex.split(run.command)
+    asked = {}
+    monkeypatch.setattr(papermill.cli, "execute_notebook", lambda **options: asked.update(options))
+    assert program == "papermill" and CliRunner().invoke(papermill.cli.papermill, words).exit_code == 0
+    given = asked["parameters"]
+    assert asked["input_path"] == "hw2-q3.ipynb" and set(given) <= set(vars(nb))
+    assert nb.choose_settings(given["preset"], given.get("overrides", {})) == settings
+    assert (given["data"], given["seed"], given["decoders"]) == (str(folder), 7, "transformer")
 
 
 def test_progress_says_epoch_losses_and_time_left(folder, tmp_path, capsys):
@@ -400,7 +424,7 @@ def interrupted(folder, tmp_path_factory):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_in_one_line(folder, interrupted, tmp_path, damage):
     run = make_run(folder, tmp_path / "runs")
-    utils.shutil.copytree(interrupted, tmp_path / "runs")
+    shutil.copytree(interrupted, tmp_path / "runs")
     DAMAGES[damage](run)
     with pytest.raises(InputError) as error:
         train(run)
@@ -418,9 +442,6 @@ def train_in_two_processes(folder, root, decoder):
     nb.precision = lambda: "no"
     run = make_run(folder, root, decoder, **DETERMINED)
     debug_launcher(nb.train, (run, True), num_processes=2)
-
-
-DETERMINED = {"dropout": 0.0, "spec_augment": False}  # chance is drawn anew in each process
 
 
 @both_decoders
@@ -501,15 +522,6 @@ def test_a_damaged_model_is_named_in_one_line(whole, tmp_path, spoil):
     assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_a_flipped_bit_in_a_model_is_noticed(whole, tmp_path):
-    path = tmp_path / "model.pt"
-    content = bytearray((whole.folder / "model.pt").read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="not a checkpoint"):
-        nb.load_model(path)
-
-
 def test_the_other_decoder_and_no_file_are_named(whole, tmp_path):
     other = {"lstm": "transformer", "transformer": "lstm"}[whole.decoder]
     path = whole.folder / "model.pt"
@@ -527,19 +539,118 @@ def test_the_other_decoder_and_no_file_are_named(whole, tmp_path):
 
 @pytest.fixture(scope="module", params=DECODERS)
 def learned(request, folder, tmp_path_factory):
-    """A run long enough to know its twelve clips by heart: each epoch has them forty times."""
-    run = make_run(folder, tmp_path_factory.mktemp("learned"), request.param, **BY_HEART)
+    """A run that knows its twelve clips by heart: an epoch has them twenty times."""
+    run = make_run(folder, tmp_path_factory.mktemp("learned"), request.param, **DETERMINED, **BY_HEART)
+    splits = run.corpus.splits | {"train": run.corpus.splits["train"] * 20}
+    corpus = nb.replace(run.corpus, splits=splits)
+    run = nb.replace(run, corpus=corpus, cache=nb.replace(run.cache, corpus=corpus))
     train(run)
     return run
 
 
-BY_HEART = {"epochs": 60, "batch_size": 6, "width": 32, "dropout": 0.0, "spec_augment": False, "learning_rate": 5e-3}
+BY_HEART = {"epochs": 5, "batch_size": 6, "width": 32, "learning_rate": 5e-3, "warmup_steps": 10, "label_smoothing": 0.0}
 
 
 def test_a_few_clips_are_learned_by_heart(learned):
     history = learned.record["history"]
-    assert history[-1]["train"]["loss"] < 0.4 * history[0]["train"]["loss"]
+    losses = [entry["train"]["loss"] for entry in history]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1 * losses[0]
     model = nb.load_model(learned.folder / "model.pt", learned.decoder)
-    clips = learned.cache.clips("train")
+    clips = learned.cache.clips("train")[:12]
     scores = nb.score([clip.text for clip in clips], nb.transcripts(model, clips, learned.cache))
-    assert scores["cer"] < 0.05 and scores["exact"] > 0.8
+    assert scores["damerau_levenshtein"] > 0.98 and scores["cer"] < 0.03, scores
+
+
+def test_the_other_ways_of_decoding_read_them_too(learned):
+    model = nb.load_model(learned.folder / "model.pt", learned.decoder)
+    clips = learned.cache.clips("train")[:12]
+    written = {"ctc": [], "beam": [], "both": []}
+    for clip in clips:
+        audio, lengths, _ = nb.collate([clip], learned.cache, model.vectorizer, "cpu")
+        written["ctc"] += nb.ctc_transcript(model, audio, lengths)
+        found = nb.beam_search(model, audio[0], width=4)
+        written["beam"].append(found[0][0])
+        written["both"].append(nb.rank_with_ctc(model, audio[0], found))
+        places = nb.heard_at(model, clip, learned.cache, clip.text, learned.settings.subsampling * 220 / RATE)
+        spoken = 0.1 + 0.11 * (np.arange(len(clip.text)) + 0.4)  # see tone_word
+        assert np.abs(places - spoken).max() < 0.12
+    for way, tokens in written.items():
+        scores = nb.score([clip.text for clip in clips], list(map(model.vectorizer.decode, tokens)))
+        assert scores["cer"] < 0.06, (way, scores)
+
+
+FILES = {
+    "as it was": (RATE, 1, "wav", "PCM_16"),
+    "stereo, 48 kHz": (48_000, 2, "wav", "PCM_16"),
+    "float, 44.1 kHz": (44_100, 1, "wav", "FLOAT"),
+    "FLAC, six channels": (RATE, 6, "flac", "PCM_24"),
+    "telephone": (8_000, 1, "wav", "PCM_16"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_recordings_of_any_kind_are_transcribed(learned, tmp_path, kind, monkeypatch):
+    rate, channels, suffix, subtype = FILES[kind]
+    model = nb.load_model(learned.folder / "model.pt", learned.decoder)
+    genuine, heard = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda audio, lengths: heard.append(audio) or genuine(audio, lengths))
+    right = 0
+    for clip in learned.cache.clips("train")[:4]:
+        samples, _ = utils.read_wav(clip.path, rate)
+        path = tmp_path / f"{clip.id}.{suffix}"
+        soundfile.write(path, np.stack([samples] * channels, axis=1), rate, subtype)
+        right += nb.transcribe(path, model, learned.settings) == clip.text
+        (audio,) = heard
+        heard.clear()
+        assert audio.shape[1] == pytest.approx(learned.cache.frames(clip), abs=1) and audio.shape[2] == 24
+    assert right == 4 or kind == "telephone"  # where the upper half of the spectrum is missing
+
+
+def test_ten_minutes_are_transcribed_in_pieces_and_silent_ones_passed_over(tmp_path, monkeypatch):
+    model = talkative("lstm", STOP_BIAS["lstm"])
+    pieces, genuine = [], model.generate
+
+    def spy(audio, lengths):
+        pieces.append(audio.shape[1] / 100)
+        return genuine(audio, lengths, 3)
+
+    monkeypatch.setattr(model, "generate", spy)
+    rng = np.random.default_rng(0)
+    loud = np.repeat(rng.uniform(0.05, 0.3, 4800), 1000) * rng.standard_normal(4_800_000)
+    soundfile.write(tmp_path / "long.wav", loud, 8_000, "PCM_16")
+    words = nb.transcribe(tmp_path / "long.wav", model, tiny())
+    assert sum(pieces) == pytest.approx(600, abs=3) and max(pieces) <= 10.02 and len(pieces) <= 120
+    assert isinstance(words, str) and words
+    pieces.clear()
+    loud[16_000 : 4_800_000 - 16_000] = 0.0  # two seconds at either end are left
+    soundfile.write(tmp_path / "pause.wav", loud, 8_000, "PCM_16")
+    nb.transcribe(tmp_path / "pause.wav", model, tiny())
+    assert len(pieces) == 2
+
+
+@pytest.mark.parametrize("seconds", [1 / RATE, 0.02, 1.0])
+def test_short_recordings_are_no_error(tmp_path, seconds):
+    soundfile.write(tmp_path / "short.wav", 0.5 * np.ones(round(seconds * RATE)), RATE)
+    assert isinstance(nb.transcribe(tmp_path / "short.wav", network("transformer"), tiny()), str)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (np.zeros(30 * RATE), "nothing but silence"),
+        (np.full(RATE, 1e-5), "nothing but silence"),
+        (np.zeros(0), "holds no samples"),
+        ("no sound", "cannot be read as audio"),
+        (None, "no such file"),
+    ],
+)
+def test_a_recording_that_cannot_be_transcribed_is_named_in_one_line(tmp_path, content, reason):
+    path = tmp_path / "my_recording.wav"
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        soundfile.write(path, content, RATE)
+    with pytest.raises(InputError) as error:
+        nb.transcribe(path, network("lstm"), tiny())
+    message = str(error.value)
+    assert message.startswith(str(path)) and reason in message and "\n" not in message
