@@ -77,7 +77,7 @@ class OurTraining:
         settings = replace(q3.PRESETS["improved"], warmup_steps=0)  # the guide waits for the warm-up's end
         model = q3.SpeechToText(decoder, settings)
         optimizer = torch.optim.AdamW(
-            model.parameters(), settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.accelerator = Accelerator(cpu=True, mixed_precision="no")
         self.objective, self.optimizer = self.accelerator.prepare(q3.Objective(model, settings), optimizer)
@@ -85,8 +85,8 @@ class OurTraining:
         self.batches = batches
 
     def __call__(self) -> float:
-        losses = q3.train_epoch(self.run, self.accelerator, self.objective, self.optimizer, self.batches, epoch=0)
-        return losses["loss"]
+        parts = self.accelerator, self.objective, self.optimizer, self.batches
+        return q3.train_epoch(self.run, *parts, epoch=0, quiet=False)["loss"]
 
 
 class UnmaskedAttention(q3.MultiHeadAttention):
