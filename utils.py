@@ -1145,25 +1145,30 @@ def plot_speech_curves(histories: dict[str, list[dict]], title: str) -> Figure:
 
 
 def plot_alignments(
-    weights: dict[str, np.ndarray], labels: dict[str, str], seconds: float, title: str, path: np.ndarray | None = None
+    weights: dict[str, np.ndarray],
+    texts: dict[str, str],
+    heard: dict[str, np.ndarray | None],
+    seconds: float,
+    title: str,
 ) -> Figure:
-    """Cross-attention of each decoder on one sentence, side by side: characters down, seconds across.
+    """Cross-attention of each decoder on one clip, side by side: a row a character that it wrote, seconds across.
 
-    `weights` by decoder [characters + 1, positions], the last row for the stop; `labels` the text that each wrote;
-    `path` [characters] optionally marks the seconds at which the CTC layer hears the characters.
+    By decoder: `weights` [characters + 1, positions], the last row for the stop; `texts`, what it wrote; `heard`
+    [characters], the seconds at which its CTC layer hears them, or None.
     """
-    longest = max(map(len, labels.values()))
+    longest = max(map(len, texts.values()))
     figure, axes = new_figure(1, len(weights), size=(5.6, min(12.0, max(3.6, 0.16 * longest))))
     for axis, (name, matrix) in zip(axes, weights.items(), strict=True):
-        count = len(matrix)
-        axis.imshow(matrix, aspect="auto", cmap="Greys", extent=(0, seconds, count, 0), interpolation="nearest")
-        if path is not None and len(path) <= count:
-            axis.plot(path, np.arange(len(path)) + 0.5, "o", color=COLOURS[1], markersize=3, label="heard by CTC")
+        extent = (0, seconds, len(matrix), 0)
+        axis.imshow(matrix, aspect="auto", cmap="Greys", extent=extent, interpolation="nearest")
+        if heard[name] is not None:
+            places = np.arange(len(heard[name])) + 0.5
+            axis.plot(heard[name], places, "o", color=COLOURS[1], markersize=3, label="heard by CTC")
             axis.legend(loc="upper right")
-        rows = [*labels[name].replace(" ", "␣"), "stop"]
+        rows = [*texts[name].replace(" ", "␣"), "stop"]
         axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8, family="DejaVu Sans Mono")
         axis.tick_params(axis="y", length=0)
-        axis.set(title=f"{name}: {title}" if title else name, xlabel="time (s)", ylabel="character written")
+        axis.set(title=f"{name}: {title}", xlabel="time (s)", ylabel="character written")
         axis.grid(False)
     return figure
 

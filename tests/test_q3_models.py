@@ -708,6 +708,20 @@ def test_beam_search_finds_what_a_search_over_plain_lists_finds(decoder, width, 
 
 
 @both_decoders
+def test_a_margin_saves_steps_and_loses_no_best_text(decoder):
+    model = talkative(decoder, STOP_BIAS[decoder])
+    audio, _, _ = random_batch(CLIPS)
+    steps, genuine = [], model.decoder.step
+    model.decoder.step = lambda tokens, state: steps.append(1) or genuine(tokens, state)
+    counts = {}
+    for margin in (0.0, math.inf):
+        found = [nb.beam_search(model, audio[clip, : CLIPS[clip]], 6, margin) for clip in range(4)]
+        counts[margin] = len(steps), [texts[0][0] for texts in found]
+        steps.clear()
+    assert counts[0.0][0] < counts[math.inf][0] and counts[0.0][1] == counts[math.inf][1]
+
+
+@both_decoders
 def test_a_beam_of_one_is_greedy(decoder):
     model = talkative(decoder, STOP_BIAS[decoder])
     audio, lengths, _ = random_batch(CLIPS)
@@ -1084,6 +1098,7 @@ def test_marked_transcripts_hold_both_texts(reference, hypothesis):
     page = nb.marked(reference, hypothesis)
     said = re.sub(r"<ins[^>]*>.*?</ins>", "", page)
     written = re.sub(r"<del[^>]*>.*?</del>", "", page)
+    assert "<" not in re.sub(r"</?(ins|del)[^<>]*>", "", page)  # what was written is no HTML
     assert html.unescape(re.sub(r"</?del[^>]*>", "", said)) == reference
     assert html.unescape(re.sub(r"</?ins[^>]*>", "", written)) == hypothesis
     assert ("<del" in page or "<ins" in page) == (reference != hypothesis)
