@@ -29,7 +29,7 @@ q2-grid: $(READY)  ## question 2, whole: three learning rates, the choice, no ma
 # Question 3 is a notebook: papermill runs it from top to bottom, nbconvert makes a page of the result.
 PAPERMILL := $(BIN)/papermill hw2-q3.ipynb --kernel python3 --log-output --no-progress-bar
 
-q3: $(READY)    ## question 3: train both decoders on LJ Speech, or on a spoken corpus where it cannot be had (ten minutes)
+q3: $(READY)    ## question 3: train both decoders on LJ Speech, or on a spoken corpus where it cannot be had (ten minutes; LJ Speech: hours without a GPU)
 	@mkdir -p runs/q3
 	$(PAPERMILL) runs/q3/hw2-q3.ipynb $(ARGS)
 	$(BIN)/jupyter nbconvert --log-level ERROR --to html runs/q3/hw2-q3.ipynb
@@ -67,22 +67,22 @@ q2-records: $(READY)  ## question 2: make every record that the README quotes (R
 # LJ Speech, or a part of it, in its own layout; the texts of all its clips.
 REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
-RECORDED = runs/q3/$(1).ipynb -p records_dir results/q3 $(2)
+RECORDED := -p records_dir results/q3
 
 q3-records: $(READY)  ## question 3: make every record that the README quotes, but for the long run (REAL_SPEECH=LJSpeech-1.1)
 	@mkdir -p runs/q3
-	$(PAPERMILL) $(call RECORDED,seed42,-p data spoken -p seed 42)
-	$(PAPERMILL) $(call RECORDED,seed43,-p data spoken -p seed 43)
-	$(PAPERMILL) $(call RECORDED,seed44,-p data spoken -p seed 44)
-	$(PAPERMILL) $(call RECORDED,memorise,-p data $(REAL_SPEECH) -p memorise 32 \
-	    -y 'overrides: {epochs: 120, warmup_steps: 50, dropout: 0.0, average_epochs: 1}')
-	$(PAPERMILL) $(call RECORDED,homework,-p data spoken -p preset homework)
+	$(PAPERMILL) runs/q3/seed42.ipynb $(RECORDED) -p data spoken -p seed 42
+	$(PAPERMILL) runs/q3/seed43.ipynb $(RECORDED) -p data spoken -p seed 43
+	$(PAPERMILL) runs/q3/seed44.ipynb $(RECORDED) -p data spoken -p seed 44
+	$(PAPERMILL) runs/q3/memorise.ipynb $(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 \
+	    -y '{overrides: {epochs: 120, warmup_steps: 50, dropout: 0.0, average_epochs: 1}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
+	$(PAPERMILL) runs/q3/homework.ipynb $(RECORDED) -p data spoken -p preset homework
 
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)
 	@mkdir -p runs/q3
 	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
-	$(PAPERMILL) $(call RECORDED,lj-text,-p data data/lj-text -y 'overrides: {epochs: 6}' $(ARGS))
+	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 6}}' $(ARGS)
 
 readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
 	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1
@@ -96,9 +96,10 @@ lint: $(READY)  ## ruff: lint and format
 test: lint      ## lint and all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop
+bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop, Q3 training and decoding (after `make q3`)
 	-$(BIN)/python benchmarks/bench_q1.py
 	-$(BIN)/python benchmarks/bench_q2.py
+	-$(BIN)/python benchmarks/bench_q3.py
 
 clean:          ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

@@ -184,7 +184,11 @@ def q3_runs() -> str:
 
 def q3_more() -> str:
     """Words that never occur in training, and what the benchmark measured."""
-    new = {row["decoder"]: row["scores"] for row in q3_rows("test_new_words") if row["preset"] == "improved"}
+    new = {
+        row["decoder"]: row["scores"]
+        for row in q3_rows("test_new_words")
+        if row["preset"] == "improved" and not row["changes"]
+    }
     lstm, transformer = (spread(new[name]["damerau_levenshtein"]) for name in ("lstm", "transformer"))
     bench = read("q3/bench.json")
     times = {bar["what"]: f"{bar['value']:.0f}" for bar in bench["bars"]}

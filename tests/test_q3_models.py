@@ -36,7 +36,7 @@ both_forms = pytest.mark.parametrize("form", ["statement", "pre-norm"])
 def tiny(**changes):
     """Settings of a network that is quick on one thread."""
     small = {"width": 16, "heads": 2, "encoder_blocks": 2, "kernel_size": 3, "n_mels": 12, "dropout": 0.0}
-    fixed = {"subsampling": 4, "block_form": "statement", "ctc_weight": 0.3, "spec_augment": False}
+    fixed = {"subsampling": 4, "block_form": "statement", "ctc_weight": 0.3, "guide_weight": 0.0, "spec_augment": False}
     return nb.replace(nb.PRESETS["improved"], **(small | fixed | changes))
 
 
@@ -77,6 +77,8 @@ def test_overrides_change_their_settings_alone(preset):
     chosen = nb.choose_settings(preset, {"width": 24, "epochs": 3})
     assert chosen == nb.replace(nb.PRESETS[preset], width=24, epochs=3)
     assert nb.choose_settings(preset, {}) == nb.PRESETS[preset]
+    from_yaml = nb.choose_settings(preset, {"learning_rate": "1e-4", "betas": [0.8, 0.9]})
+    assert (from_yaml.learning_rate, from_yaml.betas) == (1e-4, (0.8, 0.9))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,11 @@ def test_overrides_change_their_settings_alone(preset):
     [
         ("better", {}, "better"),
         ("improved", {"widht": 8, "epochs": 2}, "widht"),
-        ("improved", {"kernel_size": 4}, "4"),
+        ("improved", {"kernel_size": 4}, "kernel_size"),
+        ("improved", {"heads": 3}, "heads"),
+        ("improved", {"average_epochs": 0}, "average_epochs"),
+        ("improved", {"learning_rate": "fast"}, "learning_rate"),
+        ("improved", {"ctc_weight": 0.0, "guide_weight": 0.1}, "guide_weight"),
         ("improved", {"subsampling": 3}, "3"),
         ("homework", {"block_form": "post-norm"}, "post-norm"),
     ],
@@ -645,13 +651,18 @@ CLIPS = [80, 23, 61, 7, 44, 52, 16, 70]  # frames
 STOP_BIAS = {"lstm": 3.0, "transformer": 3.0}
 
 
+def longest_text(frames):
+    """20 characters a second and 10, at 220 samples a frame"""
+    return int(20 * frames * 220 / RATE) + 10
+
+
 @both_decoders
 @pytest.mark.parametrize("max_tokens", [None, 6, 1])
 def test_greedy_decoding_of_a_batch_is_that_of_each_clip_by_the_whole_prefix(decoder, max_tokens):
     model = talkative(decoder, STOP_BIAS[decoder])
     audio, lengths, _ = random_batch(CLIPS)
     ours = model.generate(audio, lengths, max_tokens)
-    limits = [length // 5 + 10 if max_tokens is None else max_tokens for length in CLIPS]
+    limits = [longest_text(length) if max_tokens is None else max_tokens for length in CLIPS]
     for clip, (length, limit) in enumerate(zip(CLIPS, limits, strict=True)):
         assert ours[clip] == greedy_by_hand(model, audio[clip, :length], limit), clip
     counts = list(map(len, ours))
@@ -677,7 +688,7 @@ def beam_by_hand(model, audio, width, margin):
     """The same search over plain lists, the whole prefix again for every text."""
     length = torch.tensor([len(audio)])
     beam, finished = [([], 0.0)], []
-    for _ in range(len(audio) // 5 + 10):
+    for _ in range(longest_text(len(audio)) + 1):
         longer = []
         for tokens, value in beam:
             logits = model(audio[None], length, torch.tensor([[START, *tokens]]))[0, -1]
@@ -689,7 +700,8 @@ def beam_by_hand(model, audio, width, margin):
         best = max([value for _, value in finished], default=-math.inf)
         if len(finished) >= width or not beam or beam[0][1] < best - margin:
             break
-    return sorted(finished or beam[:1], key=lambda text: -text[1])[:width]
+    unfinished = [(beam[0][0][: longest_text(len(audio))], beam[0][1])] if not finished else []
+    return sorted(finished or unfinished, key=lambda text: -text[1] / (len(text[0]) + 1))[:width]
 
 
 @both_decoders
@@ -707,18 +719,23 @@ def test_beam_search_finds_what_a_search_over_plain_lists_finds(decoder, width, 
     assert max(counts) <= width
 
 
-@both_decoders
-def test_a_margin_saves_steps_and_loses_no_best_text(decoder):
-    model = talkative(decoder, STOP_BIAS[decoder])
-    audio, _, _ = random_batch(CLIPS)
-    steps, genuine = [], model.decoder.step
-    model.decoder.step = lambda tokens, state: steps.append(1) or genuine(tokens, state)
-    counts = {}
-    for margin in (0.0, math.inf):
-        found = [nb.beam_search(model, audio[clip, : CLIPS[clip]], 6, margin) for clip in range(4)]
-        counts[margin] = len(steps), [texts[0][0] for texts in found]
-        steps.clear()
-    assert counts[0.0][0] < counts[math.inf][0] and counts[0.0][1] == counts[math.inf][1]
+def test_a_margin_saves_steps_and_loses_no_likeliest_text():
+    saved = 0
+    for decoder in DECODERS:
+        model = talkative(decoder, STOP_BIAS[decoder])
+        audio, _, _ = random_batch(CLIPS)
+        steps, genuine = [], model.decoder.step
+        model.decoder.step = lambda tokens, state, genuine=genuine, steps=steps: steps.append(1) or genuine(tokens, state)
+        for clip, length in enumerate(CLIPS):
+            counts, best = [], []
+            for margin in (0.0, math.inf):
+                found = nb.beam_search(model, audio[clip, :length], 9, margin)
+                best.append(max(value for _, value in found))
+                counts.append(len(steps))
+                steps.clear()
+            saved += counts[1] - counts[0]
+            assert counts[0] <= counts[1] and best[0] == pytest.approx(best[1])
+    assert saved > 0
 
 
 @both_decoders
@@ -773,22 +790,24 @@ class Bigrams:
         return sum(self.table[i, a].log_softmax(dim=0)[b].item() for i, (a, b) in enumerate(pairs))
 
 
-def test_a_beam_that_holds_every_text_finds_the_best_and_greedy_never_beats_it(monkeypatch):
+def test_a_beam_that_holds_every_text_finds_all_and_greedy_never_beats_the_best(monkeypatch):
     monkeypatch.setattr(nb, "VOCABULARY", 4)
-    audio = torch.zeros(1, 1)  # ten tokens at most
+    audio = torch.zeros(1, 1)
     beaten = 0
     for seed in range(8):
         decoder = Bigrams(seed)
         model = SimpleNamespace(encoder=lambda audio, lengths: (audio, audio), decoder=decoder)
-        ((widest, value), *others) = nb.beam_search(model, audio, width=4**7)
-        ((narrow, greedy_value),) = nb.beam_search(model, audio, width=1)
-        assert value == pytest.approx(decoder.log_probability(widest), abs=1e-4)
-        assert value >= max(others[i][1] for i in range(len(others)))
-        short = (tokens for n in range(7) for tokens in itertools.product(range(3), repeat=n))
-        assert value >= max(map(decoder.log_probability, short)) - 1e-4
-        if len(narrow) < 10:  # it stopped by itself
-            assert value >= greedy_value - 1e-4
-            beaten += value > greedy_value + 1e-4
+        model.longest_text = lambda lengths: torch.full_like(lengths, 6)
+        found = nb.beam_search(model, audio, width=4**7, margin=math.inf)
+        every = [list(tokens) for n in range(7) for tokens in itertools.product(range(3), repeat=n)]
+        expected = {tuple(tokens): decoder.log_probability(tokens) for tokens in every}
+        assert {tuple(tokens): value for tokens, value in found} == pytest.approx(expected, abs=1e-4)
+        ranks = [value / (len(tokens) + 1) for tokens, value in found]
+        assert ranks == sorted(ranks, reverse=True)
+        ((narrow, value),) = nb.beam_search(model, audio, width=1)
+        if len(narrow) <= 6:  # it stopped by itself
+            assert ranks[0] >= value / (len(narrow) + 1) - 1e-5
+            beaten += ranks[0] > value / (len(narrow) + 1) + 1e-5
     assert beaten  # else the tables were too easy
 
 

@@ -76,7 +76,7 @@ def test_run_all_trains_both_decoders_and_the_next_time_loads_them(run_notebook,
 
     second = run_notebook()
     assert_whole(second)
-    assert "".join(outputs(second, "stdout")).count("finished before, loaded from") == 2
+    assert "".join(outputs(second, "stdout")).count(", loaded from") == 2
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert outputs(second, "text/markdown") == outputs(first, "text/markdown")
     assert outputs(second, "image/png") == outputs(first, "image/png")
