@@ -26,6 +26,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -40,9 +41,10 @@ q3 = utils.notebook_definitions(Path(__file__).parents[1] / "hw2-q3.ipynb")
 
 NAMES = {"lstm": "LSTM", "transformer": "transformer"}
 TRAINING_BAR, DECODING_BAR = 12, 15  # so many times as fast
-PADDED_SECONDS, PADDED_FRAMES, PADDED_TOKENS = 20, 2754, 99  # of the course's skeleton, whose hop is 160 samples
+PADDED_SECONDS, PADDED_FRAMES, PADDED_HOP, PADDED_TOKENS = 20, 2754, 160, 99  # of the course's skeleton
 TRAINING_BATCH, TRAINING_BATCHES, FASTEST_BATCH = 8, 4, 2
 DECODING_CLIPS, DECODING_BATCH = 32, 16  # the skeleton tests with batches of 16
+LEAST_SECONDS = 2.0
 SEED = 42
 
 
@@ -54,14 +56,19 @@ q3.tqdm = quiet  # a bar for each step would be in the way
 
 
 def interleave(ways: dict[str, Callable], rounds: int) -> tuple[dict, dict]:
-    """Seconds of every call by clock and way, each way once a round; and what each way returned last."""
+    """Seconds a call, by clock and way, each way once a round; and what each way returned last.
+
+    A way is called again until LEAST_SECONDS have passed, and the mean of these calls counts.
+    """
     times, results = {"wall": {name: [] for name in ways}, "cpu": {name: [] for name in ways}}, {}
     for _ in range(rounds):
         for name, way in ways.items():
-            started, started_cpu = time.perf_counter(), time.process_time()
-            results[name] = way()
-            times["wall"][name].append(time.perf_counter() - started)
-            times["cpu"][name].append(time.process_time() - started_cpu)
+            calls, started, started_cpu = 0, time.perf_counter(), time.process_time()
+            while calls == 0 or time.perf_counter() - started < LEAST_SECONDS:
+                results[name] = way()
+                calls += 1
+            times["wall"][name].append((time.perf_counter() - started) / calls)
+            times["cpu"][name].append((time.process_time() - started_cpu) / calls)
     return times, results
 
 
@@ -104,7 +111,7 @@ class CourseTraining:
 
     def __init__(self, decoder: str, clips: Sequence, sample_rate: int, attention=q3.MultiHeadAttention):
         utils.set_seed(SEED)
-        settings = replace(q3.PRESETS["homework"], hop_length=160, dropout=0.0)  # the skeleton has no dropout
+        settings = replace(q3.PRESETS["homework"], hop_length=PADDED_HOP, dropout=0.0)  # the skeleton has no dropout
         self.model = q3.SpeechToText(decoder, settings)
         for block in (*self.model.encoder.blocks, self.model.decoder.cross_block):
             block.attention = attention(settings.width, settings.heads)
@@ -136,7 +143,7 @@ def choose_batches(cache: utils.FeatureCache, number: int) -> list[list]:
     """`number` batches of training clips, spread over all lengths; in the first epoch batches go by length."""
     settings = replace(q3.PRESETS["improved"], batch_size=TRAINING_BATCH)
     clips = cache.clips("train")
-    lengths = torch.tensor([cache.frames(clip) for clip in clips]).numpy()
+    lengths = np.array([cache.frames(clip) for clip in clips])
     batches = q3.make_batches(lengths, settings, SEED, epoch=0)
     if len(batches) < number:
         raise InputError(f"{cache.corpus.name}: {len(clips)} training clips are too few: {number} batches are needed")
@@ -211,6 +218,7 @@ def compare_decoding(model, cache: utils.FeatureCache, rounds: int) -> dict:
     batches = [q3.collate(b, cache, model.vectorizer, "cpu") for b in q3.in_batches(clips, cache, DECODING_BATCH)]
     steps = max(PADDED_TOKENS, *(text.shape[1] for _, _, text in batches)) - 1
     padded_frames = PADDED_SECONDS * cache.corpus.sample_rate // q3.PRESETS["improved"].hop_length + 1
+    padded_frames = max(padded_frames, *(audio.shape[1] for audio, _, _ in batches))
 
     def decode(generate: Callable) -> list[list[int]]:
         return [tokens for audio, lengths, _ in batches for tokens in generate(audio, lengths, steps)]
@@ -242,15 +250,13 @@ def load_speech(source: str, data_dir: Path) -> utils.FeatureCache:
     return utils.cached_features(corpus, *q3.extractor(corpus.sample_rate, q3.PRESETS["improved"]), data_dir)
 
 
-def load_models(paths: list[Path] | None, cache: utils.FeatureCache) -> dict:
-    """The networks by decoder: those of `paths`, or of the finished runs of `make q3` on the same clips."""
-    if paths is None:
-        improved = q3.PRESETS["improved"]
-        runs = [q3.Run(d, improved, "improved", SEED, cache.corpus, cache, Path("runs/q3")) for d in NAMES]
-        if not all(run.is_finished for run in runs):
-            raise InputError(f"no finished runs on {cache.corpus.name} in runs/q3: run `make q3` first")
-        paths = [run.folder / "model.pt" for run in runs]
-    return {d: q3.load_model(path, d) for d, path in zip(NAMES, paths, strict=True)}
+def find_checkpoints(cache: utils.FeatureCache) -> list[Path]:
+    """Those of the finished runs of `make q3` on the clips of `cache`. Raises InputError if there are none."""
+    improved = q3.PRESETS["improved"]
+    runs = [q3.Run(d, improved, "improved", SEED, cache.corpus, cache, Path("runs/q3")) for d in NAMES]
+    if not all(run.is_finished for run in runs):
+        raise InputError(f"no finished runs on {cache.corpus.name} in runs/q3: run `make q3` first")
+    return [run.folder / "model.pt" for run in runs]
 
 
 def judge(record: dict) -> list[dict]:
@@ -265,14 +271,26 @@ def judge(record: dict) -> list[dict]:
 
 def measure(args: argparse.Namespace) -> dict:
     decoding_cache = load_speech(args.checkpoint_data, args.data_dir)
-    models = load_models(args.checkpoints, decoding_cache)
+    checkpoints = dict(zip(NAMES, args.checkpoints or find_checkpoints(decoding_cache), strict=True))
+    models = {decoder: q3.load_model(path, decoder) for decoder, path in checkpoints.items()}
     training_cache = load_speech(args.data, args.data_dir)
     training, decoding = {}, {}
     for decoder in tqdm(NAMES, desc="benchmark", disable=None, leave=False):
         training[decoder] = compare_training(decoder, training_cache, args.rounds)
         decoding[decoder] = compare_decoding(models[decoder], decoding_cache, args.rounds)
-    dataset = {"training": training_cache.corpus.description, "decoding": decoding_cache.corpus.description}
-    return {"dataset": dataset, "training": training, "decoding": decoding}
+    return {
+        "config": {
+            "rounds": args.rounds,
+            "seed": SEED,
+            "dtype": "float32",
+            "batch": {"training": TRAINING_BATCH, "course, at its fastest": FASTEST_BATCH, "decoding": DECODING_BATCH},
+            "course": {"frames": PADDED_FRAMES, "hop_length": PADDED_HOP, "tokens": PADDED_TOKENS},
+            "checkpoints": {decoder: str(path) for decoder, path in checkpoints.items()},
+        },
+        "dataset": {"training": training_cache.corpus.description, "decoding": decoding_cache.corpus.description},
+        "training": training,
+        "decoding": decoding,
+    }
 
 
 def show(record: dict) -> None:
@@ -316,8 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     record["bars"] = judge(record)
     show(record)
     if args.out:
-        about = {"config": {"rounds": args.rounds, "training_batch": TRAINING_BATCH, "dtype": "float32", "seed": SEED}}
-        utils.write_json(args.out, about | record | {"threads": 1, "device": "cpu"} | utils.run_environment())
+        utils.write_json(args.out, record | {"threads": 1, "device": "cpu"} | utils.run_environment())
     same = all(result["texts_identical"] for result in record["decoding"].values())
     return 0 if same and all(bar["kept"] for bar in record["bars"]) else 1
 

@@ -26,6 +26,7 @@ def bench(monkeypatch):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "PADDED_FRAMES", 250)
     monkeypatch.setattr(bench, "PADDED_SECONDS", 2)
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0)
     AcceleratorState._reset_state(reset_partial_state=True)  # another test may have asked for another precision
     yield bench
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -77,8 +77,8 @@ def test_overrides_change_their_settings_alone(preset):
     chosen = nb.choose_settings(preset, {"width": 24, "epochs": 3})
     assert chosen == nb.replace(nb.PRESETS[preset], width=24, epochs=3)
     assert nb.choose_settings(preset, {}) == nb.PRESETS[preset]
-    from_yaml = nb.choose_settings(preset, {"learning_rate": "1e-4", "betas": [0.8, 0.9]})
-    assert (from_yaml.learning_rate, from_yaml.betas) == (1e-4, (0.8, 0.9))
+    from_yaml = nb.choose_settings(preset, {"learning_rate": "1e-4", "betas": [0.8, 0.9], "clip_norm": None})
+    assert (from_yaml.learning_rate, from_yaml.betas, from_yaml.clip_norm) == (1e-4, (0.8, 0.9), None)
 
 
 @pytest.mark.parametrize(
@@ -805,7 +805,7 @@ def test_a_beam_that_holds_every_text_finds_all_and_greedy_never_beats_the_best(
         ranks = [value / (len(tokens) + 1) for tokens, value in found]
         assert ranks == sorted(ranks, reverse=True)
         ((narrow, value),) = nb.beam_search(model, audio, width=1)
-        if len(narrow) <= 6:  # it stopped by itself
+        if len(narrow) < 6:  # it stopped by itself
             assert ranks[0] >= value / (len(narrow) + 1) - 1e-5
             beaten += ranks[0] > value / (len(narrow) + 1) + 1e-5
     assert beaten  # else the tables were too easy
