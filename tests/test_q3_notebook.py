@@ -28,7 +28,7 @@ def run_notebook(folder, tmp_path, monkeypatch):
         (place,) = (i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
         base = folder.parent
         given = {"data": str(folder), "data_dir": str(base / "data"), "runs_dir": str(base / "runs"), "threads": 1}
-        given |= {"records_dir": str(base / "records"), "device": "cpu", "extra_clips": 2, "overrides": SMALL}
+        given |= {"records_dir": str(base / "records"), "device": "cpu", "extra_clips": 1, "overrides": SMALL}
         source = "\n".join(f"{name} = {value!r}" for name, value in (given | parameters).items())
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
