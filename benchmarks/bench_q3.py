@@ -1,6 +1,6 @@
 """Training and decoding of hw2-q3.ipynb against the course's way, interleaved in one process on one thread.
 
-    python benchmarks/bench_q3.py -data ../shared/data/LJSpeech-1.1 [-rounds 5] [-out results/q3/bench.json]
+    python benchmarks/bench_q3.py -data ../shared/data/LJSpeech-1.1 [-rounds 3] [-out results/q3/bench.json]
 
 Training, in seconds of speech a second (padding does not count). Ours: the notebook's `train_epoch` with the preset
 `improved`, eight clips of like length a step. The course's way, with the notebook's modules: every clip padded to 20 s
@@ -317,7 +317,7 @@ def show(record: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-rounds", type=utils.number(int, 1), default=5)
+    parser.add_argument("-rounds", type=utils.number(int, 1), default=3)
     parser.add_argument("-data", default="spoken", help="to train on: ljspeech, spoken, or a folder")
     parser.add_argument("-data_dir", type=Path, default=Path("data"))
     parser.add_argument("-checkpoints", type=Path, nargs=2, metavar=("LSTM", "TRANSFORMER"), help="two files model.pt")

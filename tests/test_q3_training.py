@@ -29,8 +29,11 @@ SPLITS = {"train": (0, 12), "val": (12, 14), "test": (14, 17), "test_other": (17
 # DistributedDataParallel) and has computed nothing yet.
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
-    ["accelerate", "torchaudio", "matplotlib.figure", "soundfile", "scipy.signal", "joblib", "jellyfish", "hypothesis"]
-    + ["rapidfuzz.distance", "textdistance", "pytest", "torch._inductor", "torch.nn.parallel.distributed"]
+    [
+        *("accelerate", "torchaudio", "matplotlib.figure", "soundfile", "scipy.signal", "joblib", "jellyfish"),
+        *("hypothesis", "rapidfuzz.distance", "textdistance", "pytest", "torch._inductor"),
+        "torch.nn.parallel.distributed",
+    ]
 )
 
 
@@ -146,7 +149,9 @@ def test_training_is_the_stated_loop(folder, tmp_path, decoder):
     model.encoder.feature_mean.copy_(torch.from_numpy(everything.mean(axis=0)))
     model.encoder.feature_std.copy_(torch.from_numpy(everything.std(axis=0)))
     if settings.scale_positions:  # one position of the audio counts as so many characters
-        model.encoder.position_rate.fill_(sum(len(clip.text) for clip in clips) / (len(everything) / settings.subsampling))
+        model.encoder.position_rate.fill_(
+            sum(len(clip.text) for clip in clips) / (len(everything) / settings.subsampling)
+        )
     objective = nb.Objective(model, settings)
     optimizer = torch.optim.AdamW(model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay)
     frames, step, guided_steps, history = np.array([cache.frames(clip) for clip in clips]), 0, 0, []
@@ -222,7 +227,11 @@ def test_the_record_holds_what_it_must(whole):
         assert record[split]["clips"] == len(clips)
         assert texts[split] == dict(zip([clip.id for clip in clips], hypotheses, strict=True))
     assert record["val"] == pytest.approx(nb.validate(model, whole.settings, whole.cache))
-    assert 0 < record["audio_hours"] == pytest.approx(3 * sum(c.seconds for c in whole.cache.clips("train")) / 3600, abs=0.006)
+    assert (
+        0
+        < record["audio_hours"]
+        == pytest.approx(3 * sum(c.seconds for c in whole.cache.clips("train")) / 3600, abs=0.006)
+    )
 
 
 def test_scores_cut_as_the_courses_are(monkeypatch):
@@ -338,7 +347,9 @@ def in_a_child(function, *arguments):
     return process.exitcode
 
 
-@pytest.mark.parametrize(("place", "whole"), [(place, DECODERS[i % 2]) for i, place in enumerate(PLACES)], indirect=["whole"])
+@pytest.mark.parametrize(
+    ("place", "whole"), [(place, DECODERS[i % 2]) for i, place in enumerate(PLACES)], indirect=["whole"]
+)
 def test_a_run_killed_anywhere_goes_on_to_the_same_end(folder, whole, tmp_path, place, capsys):
     assert in_a_child(train_and_die, folder, tmp_path, whole.decoder, place) == -signal.SIGKILL
     run = make_run(folder, tmp_path, whole.decoder)
@@ -380,7 +391,10 @@ def test_a_run_killed_in_its_first_epoch_starts_again(folder, whole, tmp_path):
 def test_a_finished_run_is_recognised_and_anything_else_has_another_folder(folder, whole, tmp_path):
     again = make_run(folder, whole.root, whole.decoder)
     assert again.folder == whole.folder and again.is_finished and again.record == whole.record
-    others = [make_run(folder, whole.root, whole.decoder, seed=2), make_run(folder, whole.root, whole.decoder, epochs=4)]
+    others = [
+        make_run(folder, whole.root, whole.decoder, seed=2),
+        make_run(folder, whole.root, whole.decoder, epochs=4),
+    ]
     others.append(make_run(folder, whole.root, {"lstm": "transformer", "transformer": "lstm"}[whole.decoder]))
     others.append(make_run(make_tones(tmp_path / "tones", seed=5), whole.root, whole.decoder))
     assert len({run.folder for run in [whole, *others]}) == 5 and not any(run.is_finished for run in others)
@@ -548,7 +562,14 @@ def learned(request, folder, tmp_path_factory):
     return run
 
 
-BY_HEART = {"epochs": 5, "batch_size": 6, "width": 32, "learning_rate": 5e-3, "warmup_steps": 10, "label_smoothing": 0.0}
+BY_HEART = {
+    "epochs": 5,
+    "batch_size": 6,
+    "width": 32,
+    "learning_rate": 5e-3,
+    "warmup_steps": 10,
+    "label_smoothing": 0.0,
+}
 
 
 def test_a_few_clips_are_learned_by_heart(learned):
