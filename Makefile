@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text readme test lint bench clean
+.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text readme report test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -88,6 +88,9 @@ readme: $(READY)  ## draw the figures and fill the tables of README.md from resu
 	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1
 	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
 	$(BIN)/python report/readme.py
+
+report: $(READY)  ## draw the report's figures from results/ and typeset report/report.pdf
+	$(BIN)/python report/report.py
 
 lint: $(READY)  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -1,0 +1,41 @@
+"""Typeset report/report.pdf from report/*.typ, the figures under report/figures/report and the records under results/.
+
+python report/report.py            draw the figures (report/figures.py), then write report/report.pdf
+python report/report.py --check    exit status 1 if report/report.pdf is not what text, figures and records give
+
+The same text, figures and records give the same bytes. Typst comes with its fonts: nothing else is needed.
+"""
+
+import sys
+from pathlib import Path
+
+import typst
+
+HERE = Path(__file__).parent
+
+
+def typeset() -> bytes:
+    """The report as a PDF. Raises typst.TypstError where the text is wrong or a record is missing."""
+    return typst.compile(str(HERE / "report.typ"), root=str(HERE.parent), ignore_system_fonts=True)
+
+
+def main() -> int:
+    path = HERE / "report.pdf"
+    if "--check" in sys.argv[1:]:
+        current = path.exists() and path.read_bytes() == typeset()
+        if not current:
+            print("report/report.pdf is not what its text and the records say: run `make report`", file=sys.stderr)
+        return int(not current)
+    import figures  # here: it brings Matplotlib and PyTorch along, which the check does not need
+
+    sys.path.insert(0, str(HERE.parent))
+    figures.draw_all()
+    from utils import write_whole
+
+    write_whole(path, lambda temporary: temporary.write_bytes(typeset()))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
