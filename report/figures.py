@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import COLOURS, write_whole
+from utils import COLOURS, write_whole  # noqa: E402
 
 FOLDER = ROOT / "report" / "figures" / "report"
 WIDTH = 6.4  # inches: the width of the report's text

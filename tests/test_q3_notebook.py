@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+from rapidfuzz.distance import Levenshtein
 from test_q3_training import make_tones
 
 SMALL = {"width": 16, "encoder_blocks": 1, "n_mels": 20, "epochs": 2, "batch_size": 6, "average_epochs": 1}
@@ -71,6 +72,24 @@ def test_run_all_trains_both_decoders_and_the_next_time_loads_them(run_notebook,
     records = {path: json.loads(path.read_text()) for path in (folder.parent / "records").glob("*.json")}
     assert sorted(record["config"]["decoder"] for record in records.values()) == ["lstm", "transformer"]
     assert all(record["dataset"]["kind"] == "spoken" and len(record["history"]) == 2 for record in records.values())
+    for path, record in records.items():
+        details = json.loads((path.parent / "details" / path.name).read_text())
+        assert details["config"] == record["config"]
+        for split in ("test", "test_other"):
+            pairs = [(pair["said"], pair["written"]) for pair in details["transcripts"][split].values()]
+            assert len(pairs) == record[split]["clips"]
+            wrong = sum(Levenshtein.distance(*pair) for pair in pairs)
+            assert wrong / sum(len(said) for said, _ in pairs) == pytest.approx(record[split]["cer"])
+        looked = details["cross_attention"]
+        shown = details["transcripts"]["test"][looked["clip"]]
+        assert (shown["said"], shown["written"]) == (looked["said"], looked["written"])
+        assert len(looked["weights"]) == len(looked["written"]) + 1
+        assert all(sum(row) == pytest.approx(1, abs=0.05) for row in looked["weights"])  # each weight is rounded
+        assert set(details["decoding"]) == {
+            "clips",
+            "greedy",
+            *("beam of 8", "beam of 8, reranked by CTC", "CTC alone"),
+        }
     models = {path: path.stat().st_mtime_ns for path in (folder.parent / "runs").glob("*/model.pt")}
     assert len(models) == 2
 

@@ -17,7 +17,7 @@ import papermill.cli
 import pytest
 import soundfile
 import torch
-from accelerate import debug_launcher
+from accelerate import Accelerator, debug_launcher
 from click.testing import CliRunner
 from test_q3_models import DECODERS, RATE, STOP_BIAS, both_decoders, close, nb, network, talkative, tiny
 
@@ -138,12 +138,28 @@ def assert_same_run(ours, expected):
 # What training does
 
 
+def record_norms(patch, path):
+    """Let training write the norm of each step's gradient, before it is clipped: AdamW hides the scale of a loss."""
+    genuine = Accelerator.clip_grad_norm_
+
+    def recorded(self, *args):
+        norm = genuine(self, *args)
+        if self.is_main_process:
+            with path.open("a") as file:
+                file.write(f"{norm.item()}\n")
+
+    patch.setattr(Accelerator, "clip_grad_norm_", recorded)
+    return path
+
+
 @both_decoders
-def test_training_is_the_stated_loop(folder, tmp_path, decoder):
+def test_training_is_the_stated_loop(folder, tmp_path, decoder, monkeypatch):
     """Two epochs written out: AdamW on the mean loss a token, clipped, at the stated rate, guided for some steps."""
-    settings = {"epochs": 2, "average_epochs": 1, "clip_norm": 0.5, "weight_decay": 0.5}
+    settings = {"epochs": 2, "average_epochs": 1, "clip_norm": 2.6, "weight_decay": 0.5}  # it clips some of the steps
     run = make_run(folder, tmp_path, decoder, **DETERMINED, **settings)
+    norms = record_norms(monkeypatch, tmp_path / "norms")
     train(run)
+    norms = list(map(float, norms.read_text().split()))
     settings, cache, clips = run.settings, run.cache, run.cache.clips("train")
     utils.set_seed(run.seed)
     model = nb.SpeechToText(decoder, settings)
@@ -169,7 +185,8 @@ def test_training_is_the_stated_loop(folder, tmp_path, decoder):
             (mix / count).backward()
             norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
             for parameter in model.parameters():
-                parameter.grad.mul_(min(1.0, 0.5 / (norm + 1e-6)))
+                parameter.grad.mul_(min(1.0, 2.6 / (norm + 1e-6)))
+            assert norms[step] == pytest.approx(norm, rel=1e-3)
             optimizer.param_groups[0]["lr"] = nb.learning_rate(step, 6, settings)
             optimizer.step()
             sums, tokens, step = sums + losses.detach(), tokens + count, step + 1
@@ -181,6 +198,25 @@ def test_training_is_the_stated_loop(folder, tmp_path, decoder):
     for ours, expected in zip(run.record["history"], history, strict=True):
         assert ours["train"] == pytest.approx(expected["train"], rel=1e-4)
         assert ours["val"] == pytest.approx(expected["val"], rel=1e-3)
+
+
+@both_decoders
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(folder, tmp_path, decoder, monkeypatch):
+    run = make_run(folder, tmp_path, decoder, **DETERMINED)
+    clips, accelerator = run.cache.clips("train")[:10], Accelerator(cpu=True)
+    utils.set_seed(0)
+    objective = nb.Objective(nb.SpeechToText(decoder, run.settings), run.settings)
+    sizes, found = [], []
+    objective.register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
+    for part in (16, 4):
+        monkeypatch.setattr(nb, "PART", part)
+        objective.zero_grad()
+        sums = nb.add_gradients(run, accelerator, objective, clips, 123, True)
+        found.append((sums, torch.cat([parameter.grad.flatten() for parameter in objective.parameters()])))
+    assert sizes == [10, 4, 4, 2]
+    for whole, parts in zip(*found, strict=True):
+        assert whole.abs().max() > 0.01
+        close(parts, whole, atol=1e-5 * whole.abs().max().item())
 
 
 def test_the_final_weights_are_the_mean_of_the_last_epochs(folder, tmp_path, monkeypatch):
@@ -373,13 +409,13 @@ def test_a_run_interrupted_twice_by_an_exception_ends_as_if_it_had_not_been(fold
     assert_same_run(run, whole)
 
 
-def test_a_run_killed_in_its_first_epoch_starts_again(folder, whole, tmp_path):
-    run = make_run(folder, tmp_path, whole.decoder)
+def test_a_run_killed_in_its_first_epoch_starts_again(folder, runs, tmp_path):
+    run = make_run(folder, tmp_path, "transformer")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
         patch.setattr(nb, "save_progress", lambda *args: interrupt())
         train(run)
     train(run)
-    assert_same_run(run, whole)
+    assert_same_run(run, runs["transformer"])
 
 
 def test_a_finished_run_is_recognised_and_anything_else_has_another_folder(folder, whole, tmp_path):
@@ -391,13 +427,13 @@ def test_a_finished_run_is_recognised_and_anything_else_has_another_folder(folde
     assert len({run.folder for run in [whole, *others]}) == 5 and not any(run.is_finished for run in others)
 
 
-def test_a_deleted_model_is_trained_again(folder, whole, tmp_path):
-    run = make_run(folder, tmp_path, whole.decoder)
+def test_a_deleted_model_is_trained_again(folder, runs, tmp_path):
+    run = make_run(folder, tmp_path)
     train(run)
     (run.folder / "model.pt").unlink()
     assert not run.is_finished
     train(run)
-    assert_same_run(run, whole)
+    assert_same_run(run, runs["lstm"])
 
 
 def cut(path):
@@ -445,16 +481,23 @@ def train_in_two_processes(folder, root, decoder):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     nb.precision = lambda cpu: "no"
+    nb.PART = 1  # gradients are exchanged once a batch, not once a part
+    record_norms(pytest.MonkeyPatch(), root / "norms")
     run = make_run(folder, root, decoder, **DETERMINED)
     debug_launcher(nb.train, (run, True), num_processes=2)
 
 
 @both_decoders
-def test_two_processes_learn_what_one_learns(folder, tmp_path, decoder):
+def test_two_processes_learn_what_one_learns(folder, tmp_path, decoder, monkeypatch):
     one, two = (make_run(folder, tmp_path / name, decoder, **DETERMINED) for name in ("one", "two"))
+    for run in (one, two):
+        run.root.mkdir()
+    record_norms(monkeypatch, one.root / "norms")
     train(one)
     assert in_a_child(train_in_two_processes, folder, tmp_path / "two", decoder) == 0
     assert (one.record["processes"], two.record["processes"]) == (1, 2)
+    norms = [list(map(float, (run.root / "norms").read_text().split())) for run in (one, two)]
+    assert len(norms[0]) == 9 and norms[1] == pytest.approx(norms[0], rel=1e-3)
     for ours, expected in zip(two.record["history"], one.record["history"], strict=True):
         assert ours["train"] == pytest.approx(expected["train"], rel=2e-4)
         for loss in ("loss", "ctc_loss"):
