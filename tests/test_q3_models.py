@@ -1146,6 +1146,24 @@ def test_confusions_by_hand():
     assert counts[number("a"), number("a")] == 2 and counts.sum() == 6
 
 
+def test_the_share_of_wrong_characters_in_runs_by_hand():
+    said, written = ["red fox", "fox", "a cat"], ["fox", "fox fox", "a bat"]
+    assert nb.share_in_runs(said, written) == 8 / 9  # "red " missed, " fox" added, one letter wrong
+    assert nb.share_in_runs(said, written, least=5) == 0 == nb.share_in_runs(said, said)
+
+
+def test_the_fate_of_new_words_by_hand():
+    known = {"the", "fox", "sat", "car", "ran"}
+    said = ["the wolf sat, the pen-knife ran.", "a cart ran", "the wolf", "the panda sat"]
+    written = ["the wolf sat, the pan ran.", "a car ran", "the", "the pan da sat"]
+    assert nb.fate_of_new_words(said, written, known) == {"right": 2, "known": 1, "otherwise": 3}  # "a" is new, too
+    assert nb.fate_of_new_words(said, written, known | {"a", "wolf", "pen-knife", "cart", "panda"}) == {
+        "right": 0,
+        "known": 0,
+        "otherwise": 0,
+    }
+
+
 def test_tables_hold_the_scores_that_all_rows_have():
     rows = {"LSTM": {"loss": 0.5, "cer": 0.0312, "jaccard": 0.98765}, "beam": {"cer": 0.02, "jaccard": 1.0}}
     head, line, *body = nb.markdown_table(rows, "decoder").split("\n")
