@@ -62,6 +62,8 @@ q2-records: $(READY)  ## question 2: make every record that the README quotes (R
 	    -checkpoint $(SEEDS:%=results/q2/phantom-homework/maxpool-lr0.1-%/best.pt)
 	$(Q2) -evaluate -data $(REAL) -out results/q2/phantom-to-real-strong.json \
 	    -checkpoint $(SEEDS:%=results/q2/phantom-strong/maxpool-lr0.003-%/best.pt)
+	$(BIN)/python report/pooling.py -data phantom
+	$(BIN)/python report/pooling.py -data $(REAL) -epochs 100
 	$(BIN)/python benchmarks/bench_q2.py -out results/q2/bench.json
 
 # LJ Speech, or a part of it, in its own layout; the texts of all its clips.
