@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text readme report test lint bench clean
+.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text records readme report test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -85,6 +85,14 @@ q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espea
 	@mkdir -p runs/q3
 	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
 	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 6}}' $(ARGS)
+
+# All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where
+# the numbers come from". Stopped, it is called again: questions 2 and 3 go on where they were.
+records: $(READY)  ## make every record of all questions, in order: hours; resumes (REAL=, REAL_SPEECH=, TEXTS= as above)
+	$(MAKE) q1-records
+	$(MAKE) q2-records
+	$(MAKE) q3-records
+	$(MAKE) q3-lj-text
 
 readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
 	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1

@@ -1,16 +1,125 @@
-"""Fill the generated parts of README.md from the records under results/.
+"""Fill the generated parts of README.md, and draw its pictures, from the records under results/.
 
-python report/readme.py            rewrite README.md
+python report/readme.py            rewrite README.md, and draw the pictures of report/pictures.py
 python report/readme.py --check    exit status 1 if README.md is not what the records say
+
+A generated part stands between <!-- begin NAME --> and <!-- end NAME -->; PARTS names the function that fills it.
+A part whose record is missing says so.
 """
 
 import json
 import re
 import sys
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+from offline_data import OCTMNIST_CLASS_COUNTS  # noqa: E402
+
+
+class NotRecorded(Exception):
+    """A record that does not exist (yet); the message names it."""
+
+
+@cache
+def read(path: str) -> dict:
+    try:
+        return json.loads((RESULTS / path).read_text())
+    except FileNotFoundError:
+        raise NotRecorded(f"results/{path}") from None
+
+
+def link(text: str, path: str) -> str:
+    return f"[{text}](results/{path})"
+
+
+def spread(value: dict, form: str = ".3f") -> str:
+    """Mean ± deviation; a single value has no deviation."""
+    return f"{value['mean']:{form}}" + ("" if value["std"] is None else f" ± {value['std']:{form}}")
+
+
+def duration(seconds: float) -> str:
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.{1 if seconds < 570 else 0}f} minutes"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Question 1
+
+
+def q1_results() -> list[list[str]]:
+    shares = {dim: result["ratio"]["Taylor"] for dim, result in read("q1-bench.json")["forward"].items()}
+    point = next(point for point in read("q1.json")["errors"]["points"] if point["deviation"] == 0.25)
+    data = "random numbers (computed)"
+    return [
+        [
+            "time of Taylor attention (three terms, L = 8,192) as a share of fused softmax attention's",
+            data,
+            ", ".join(f"{shares[dim]:.2g} for D = {dim}" for dim in ("16", "64")),
+            link("benchmark", "q1-bench.json"),
+        ],
+        [
+            f"relative error of its output (scores of deviation {point['deviation']})",
+            data,
+            spread(point["terms"]["3"]["error"]),
+            link("record", "q1.json"),
+        ],
+    ]
+
+
+def q1_cost() -> str:
+    record = read("q1.json")
+    crossovers = " and ".join(f"{curve['crossover']:,.0f} (D = {curve['dim']})" for curve in record["costs"])
+    return (
+        f"**Time:** {duration(record['seconds'])} on one thread of a CPU. **Expect** tables of feature counts and of "
+        f"errors with their proven bounds, and curves of time and memory: here Taylor attention was faster than fused "
+        f"softmax attention from a length of {crossovers} on ({link('record', 'q1.json')})."
+    )
+
+
+def q1_speed() -> str:
+    """Time as a share of fused softmax attention's, and what the ways of a reader take."""
+    bench = read("q1-bench.json")
+    features = {row["dim"]: row["merged"] for row in read("q1.json")["features"] if row["num_terms"] == 3}
+    rows = []
+    for dim, result in bench["forward"].items():
+        backward, plain = bench["backward"].get(dim), bench["plain"][dim]["ratio"]
+        shares = [result["ratio"]["Taylor"], plain["naive features"], plain["softmax by matmul"]]
+        cells = [dim, f"{features[int(dim)]:,}", *(f"{share:.2g}" for share in shares)]
+        cells.insert(3, f"{backward['ratio']['Taylor']:.2g}" if backward else "")
+        rows.append(cells)
+    head = ["D", "M", "Taylor, forward", "Taylor, forward and backward", "naive features", "softmax by matmul"]
+    return table(head, rows)
+
+
+def q1_errors() -> str:
+    """Relative error of Z against the deviation of the scores."""
+    points = [p for p in read("q1.json")["errors"]["points"] if p["deviation"] in (0.125, 0.25, 0.5, 1.0, 2.0)]
+    rows = []
+    for point in points:
+        cells = [
+            f"{o['error']['mean']:.2g}{' *' if o['runs_with_negative_weights'] else ''}" if o["error"] else "none"
+            for o in point["terms"].values()
+        ]
+        rows.append([f"{point['deviation']:g}", f"{point['mean_of_v']['mean']:.2g}", *cells])
+    return table(["deviation of the scores", "mean of V", *(f"K = {k}" for k in points[0]["terms"])], rows)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Question 2
 
 Q2_GRIDS = {  # folder under results/q2 -> what the README calls it
     "phantom-homework": ("phantoms", "homework"),
@@ -19,213 +128,315 @@ Q2_GRIDS = {  # folder under results/q2 -> what the README calls it
     "real-subset-homework-100-epochs": ("real subset", "homework, 100 epochs"),
     "real-subset-strong-100-epochs": ("real subset", "strong, 100 epochs"),
 }
-
-
-def read(path: str) -> dict:
-    return json.loads((RESULTS / path).read_text())
-
-
-def mean(value: dict) -> str:
-    return f"{value['mean']:.3f} ± {value['std']:.3f}"
-
-
-def link(text: str, path: str) -> str:
-    return f"[{text}](results/{path})"
-
-
-def q2_runs() -> str:
-    """One row a network at its chosen rate: mean ± deviation over the seeds."""
-    lines = [
-        "| trained and tested on | recipe | network | rate | val accuracy | test accuracy | balanced | AUC | record |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for folder, (data, recipe) in Q2_GRIDS.items():
-        grid = read(f"q2/{folder}/grid.json")
-        for row in grid["settings"]:
-            if row["learning_rate"] == grid["chosen_rate"]:
-                network = "no max-pool" if row["network"] == "no_maxpool" else "max-pool"
-                names = ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_macro_auc")
-                cells = [data, recipe, network, f"{row['learning_rate']:g}", *(mean(row[name]) for name in names)]
-                lines.append(f"| {' | '.join(cells)} | {link('grid', f'q2/{folder}/grid.json')} |")
-    return "\n".join(lines)
-
-
 Q2_TRANSFERS = {  # record under results/q2 -> what the README calls it
     "phantom-to-real-homework": "homework, default rate 0.01",
     "phantom-to-real-homework-lr0.1": "homework, rate 0.1 (chosen above)",
     "phantom-to-real-strong": "strong, default rate 0.003",
 }
+Q2_COMPARED = {  # trained on, tested on -> the records of the homework's recipe and of the strong one
+    ("phantoms", "phantoms"): ("phantom-homework/grid.json", "phantom-strong/grid.json"),
+    ("real subset", "real subset"): (
+        "real-subset-homework-100-epochs/grid.json",
+        "real-subset-strong-100-epochs/grid.json",
+    ),
+    ("phantoms", "real subset"): ("phantom-to-real-homework-lr0.1.json", "phantom-to-real-strong.json"),
+}
+
+
+def q2_grid(folder: str) -> dict:
+    return read(f"q2/{folder}/grid.json")
+
+
+def q2_balanced(path: str) -> dict:
+    """Balanced accuracy on the test split, mean and deviation: of a grid's chosen rate, or of trained networks."""
+    record = read(f"q2/{path}")
+    if "settings" not in record:
+        return record["test"]["balanced_accuracy"]
+    rows = (row for row in record["settings"] if row["network"] == "maxpool")
+    return next(row["test_balanced_accuracy"] for row in rows if row["learning_rate"] == record["chosen_rate"])
+
+
+def q2_default() -> dict:
+    """The homework's own settings in the grid on phantoms."""
+    return next(row for row in q2_grid("phantom-homework")["settings"] if row["learning_rate"] == 0.01)
+
+
+def q2_results() -> list[list[str]]:
+    rows = []
+    for (trained, tested), paths in Q2_COMPARED.items():
+        homework, strong = (spread(q2_balanced(path)) for path in paths)
+        data = f"retinal scans ({tested}" + (")" if trained == tested else f", trained on {trained})")
+        links = f"{link('homework', f'q2/{paths[0]}')} {link('strong', f'q2/{paths[1]}')}"
+        rows.append(["balanced test accuracy", data, f"homework's recipe {homework}, strong one {strong}", links])
+    return rows
+
+
+def q2_cost() -> str:
+    grid, default = q2_grid("phantom-homework"), q2_default()
+    seconds, share = default["seconds"]["mean"], sum(OCTMNIST_CLASS_COUNTS) / sum(grid["dataset"]["counts"]["train"])
+    return (
+        f"**Time:** {duration(seconds)} on phantoms, with a CPU core to itself; OCTMNIST has {share:.1f} times as many "
+        f"training scans: about {duration(share * seconds)}, not measured. The whole question, `make q2-grid`, takes "
+        f"{duration(q2_seconds(grid))} on phantoms, in {grid['jobs']} processes. **Expect** on phantoms a validation "
+        f"accuracy of {spread(default['val_accuracy'])} and a test accuracy of {spread(default['test_accuracy'])} "
+        f"({link('record', 'q2/phantom-homework/grid.json')})."
+    )
+
+
+def q2_seconds(grid: dict) -> float:
+    """What a grid takes from start to end; one that was resumed knows only what its runs took."""
+    return grid["wall_seconds"] or grid["seconds"] / grid["jobs"]
+
+
+def q2_runs() -> str:
+    """One row a network at its chosen rate: mean ± deviation over the seeds."""
+    rows = []
+    for folder, (data, recipe) in Q2_GRIDS.items():
+        grid = q2_grid(folder)
+        for row in grid["settings"]:
+            if row["learning_rate"] == grid["chosen_rate"]:
+                network = "no max-pool" if row["network"] == "no_maxpool" else "max-pool"
+                names = ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_macro_auc")
+                cells = [data, recipe, network, f"{row['learning_rate']:g}", *(spread(row[name]) for name in names)]
+                rows.append([*cells, link("grid", f"q2/{folder}/grid.json")])
+    head = ["trained and tested on", "recipe", "network", "rate"]
+    return table([*head, "val accuracy", "test accuracy", "balanced", "AUC", "record"], rows)
 
 
 def q2_transfer() -> str:
     """Networks that saw phantoms only, on real scans: mean ± deviation over the seeds."""
-    lines = [
-        "| trained on phantoms only, max-pool | tested on real scans | accuracy | balanced | AUC | record |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, recipe in Q2_TRANSFERS.items():
-        record = read(f"q2/{name}.json")
         for part, called in (("all", "all"), ("test", "test split")):
-            scores = record[part]
+            scores = read(f"q2/{name}.json")[part]
             scans = f"{called}, {scores['runs'][0]['num_examples']:,}"
-            cells = [recipe, scans, *(mean(scores[m]) for m in ("accuracy", "balanced_accuracy", "macro_auc"))]
-            lines.append(f"| {' | '.join(cells)} | {link('scores', f'q2/{name}.json')} |")
-    return "\n".join(lines)
+            cells = [spread(scores[metric]) for metric in ("accuracy", "balanced_accuracy", "macro_auc")]
+            rows.append([recipe, scans, *cells, link("scores", f"q2/{name}.json")])
+    head = ["trained on phantoms only, max-pool", "tested on the real subset"]
+    return table([*head, "accuracy", "balanced", "AUC", "record"], rows)
 
 
 def q2_counts() -> str:
     """What each data set holds, class by class."""
-    lines = ["| data | split | CNV | DME | drusen | normal |", "|---|---|---|---|---|---|"]
-    for name, folder in (("phantoms", "phantom-homework"), ("real subset", "real-subset-homework")):
-        for split, counts in read(f"q2/{folder}/grid.json")["dataset"]["counts"].items():
-            lines.append(f"| {name} | {split} | " + " | ".join(f"{count:,}" for count in counts) + " |")
-    return "\n".join(lines)
-
-
-def q2_speed() -> str:
-    bench, grids = read("q2/bench.json"), [read(f"q2/{folder}/grid.json") for folder in Q2_GRIDS]
-    steps = bench["steps_per_second"]
-    default = next(row for row in grids[0]["settings"] if row["learning_rate"] == 0.01)
-    minutes = {folder: grid["wall_seconds"] / 60 for folder, grid in zip(Q2_GRIDS, grids, strict=True)}
-    return (
-        f"Our loop makes {bench['ratio_wall']:.2f} times the steps of the course's loop (medians of {bench['rounds']} "
-        f"interleaved rounds on one thread: {steps['ours']:.0f} against {steps['plain']:.0f} steps a second, with "
-        f"parameters bit-identical) and holds the scans in {bench['data_memory_ratio']:.2f} of the memory "
-        f"({link('record', 'q2/bench.json')}). On the two cores where the records were made, without a GPU, a default "
-        f"training on phantoms took {default['seconds']['mean'] / 60:.1f} minutes with one core to itself, "
-        f"`make q2-grid` on phantoms {minutes['phantom-homework']:.0f} minutes, and the five grids of "
-        f"`make q2-records` {sum(minutes.values()):.0f} minutes."
-    )
-
-
-def q1_speed() -> str:
-    """Time as a share of fused softmax attention, and what the ways of a reader take."""
-    bench = read("q1-bench.json")
-    features = {row["dim"]: row["merged"] for row in read("q1.json")["features"] if row["num_terms"] == 3}
-    lines = [
-        "| D | M | Taylor, forward | Taylor, forward and backward | naive features | softmax by matmul |",
-        "|---|---|---|---|---|---|",
+    rows = [
+        [name, split, *(f"{count:,}" for count in counts)]
+        for name, folder in (("phantoms", "phantom-homework"), ("real subset", "real-subset-homework"))
+        for split, counts in q2_grid(folder)["dataset"]["counts"].items()
     ]
-    for dim, result in bench["forward"].items():
-        backward = bench["backward"].get(dim)
-        plain = bench["plain"][dim]["ratio"]
-        shares = [result["ratio"]["Taylor"], plain["naive features"], plain["softmax by matmul"]]
-        cells = [f"{share:.2g}" for share in shares]
-        cells.insert(1, f"{backward['ratio']['Taylor']:.2g}" if backward else "")
-        lines.append(f"| {dim} | {features[int(dim)]:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table(["scans", "split", "CNV", "DME", "drusen", "normal"], rows)
 
 
-def q1_more() -> str:
-    bench, record = read("q1-bench.json"), read("q1.json")
-    bars = {bar["what"]: bar["value"] for bar in bench["bars"]}
-    crossovers = {curve["dim"]: curve["crossover"] for curve in record["costs"]}
-    memory = bench["memory_mib"]
-    return (
-        f"At D = 16 Taylor attention is faster than fused softmax from L = {crossovers[16]:,.0f} on, at D = 64 from "
-        f"{crossovers[64]:,.0f} on ({link('curves', 'q1.json')}). Causal, at D = 64 and L = 8,192, it takes "
-        f"{bars['time, causal, D = 64']:.2f} of the time of fused causal softmax. At L = 16,384 and D = 64 it needs "
-        f"{memory['Taylor']:.0f} MiB beside its input, naive features {memory['naive features']:,.0f} MiB "
-        f"({link('benchmark', 'q1-bench.json')}; medians of {bench['config']['rounds']} interleaved rounds on one "
-        f"thread of a CPU). `make q1` takes {record['seconds'] / 60:.1f} minutes."
-    )
+# ---------------------------------------------------------------------------------------------------
+# Question 3
+
+DECODERS = {"lstm": "LSTM", "transformer": "transformer"}
+SPEECH = {"spoken": "synthetic speech", "real": "real speech"}
+LJ_TEXTS = "LJ Speech texts, spoken"  # what offline_data calls them
+RESULT, CHANGE, BY_HEART = "a result", "a changed setting", "clips learnt by heart"  # what a row can be
 
 
-def q1_errors() -> str:
-    """Relative error of Z against the deviation of the scores."""
-    errors = read("q1.json")["errors"]
-    terms = list(errors["points"][0]["terms"])
-    lines = [
-        f"| deviation of the scores | mean of V | {' | '.join(f'K = {k}' for k in terms)} |",
-        "|---" * (len(terms) + 2) + "|",
-    ]
-    for point in errors["points"]:
-        if point["deviation"] in (0.125, 0.25, 0.5, 1.0, 2.0):
-            outcomes = [point["terms"][k] for k in terms]
-            cells = [
-                f"{o['error']['mean']:.2g}{' *' if o['runs_with_negative_weights'] else ''}" if o["error"] else "none"
-                for o in outcomes
-            ]
-            lines.append(f"| {point['deviation']:g} | {point['mean_of_v']['mean']:.2g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def spread(value: dict, form: str = ".3f") -> str:
-    """Mean ± deviation; a single value has no deviation."""
-    return f"{value['mean']:{form}}" + ("" if value["std"] is None else f" ± {value['std']:{form}}")
-
-
+@cache
 def q3_rows(split: str = "test") -> list[dict]:
-    sys.path.insert(0, str(ROOT))
-    from utils import summarise_speech_runs  # here: it brings PyTorch along
+    """Runs that differ in the seed alone as one row, in the tables' order, with the `role` of each.
 
-    rows = summarise_speech_runs(RESULTS / "q3", split)
-    return sorted(rows, key=lambda row: (row["kind"] == "real", row["preset"] == "homework", len(row["dataset"])))
+    BY_HEART: scored on the clips it was trained on. CHANGE: an unchanged run on the same data is recorded too.
+    """
+    rows = utils.summarise_speech_runs(RESULTS / "q3", split)
+    unchanged = {(row["dataset"], row["preset"], row["decoder"]) for row in rows if not row["changes"]}
+    for row in rows:
+        memorised = " memorise " in read(f"q3/{row['files'][0]}")["command"]
+        changed = row["changes"] and (row["dataset"], row["preset"], row["decoder"]) in unchanged
+        row["role"] = BY_HEART if memorised else CHANGE if changed else RESULT
+        row["data"] = f"{row['dataset']} ({SPEECH[row['kind']]})"
+        if row["changes"]:
+            row["preset"] += f" ({', '.join(f'{name} {value}' for name, value in row['changes'].items())})"
+        seeds = zip(row["seeds"], row["files"], strict=True)
+        row["links"] = " ".join(link(f"{seed}", f"q3/{file}") for seed, file in seeds)
+    rows.sort(key=lambda row: (not row["preset"].startswith("improved"), row["preset"], row["decoder"]))
+    return sorted(rows, key=lambda row: (row["kind"] == "real", row["clips"]))
 
 
-def q3_runs() -> str:
-    """One row a decoder, preset and corpus: mean ± deviation over the seeds, on the test split."""
-    columns = ("Jaccard", "cosine", "Damerau-Levenshtein", "CER", "minutes")
-    lines = [
-        f"| trained and tested on | preset | decoder | clips | {' | '.join(columns)} | records |",
-        "|---" * (len(columns) + 5) + "|",
-    ]
+def q3_pairs(*roles: str) -> dict[tuple, list[dict]]:
+    """The decoders trained alike: rows of these roles by data and preset."""
+    pairs = {}
     for row in q3_rows():
-        scores = row["scores"]
-        cells = [f"{row['dataset']} ({row['kind']})", row["preset"], row["decoder"], f"{row['clips']:,}"]
-        cells += [spread(scores[key]) for key in ("jaccard", "cosine", "damerau_levenshtein")]
-        cells += [spread(scores["cer"], ".1%"), f"{row['minutes']['mean']:.1f}"]
-        links = " ".join(
-            link(f"seed {seed}", f"q3/{file}") for seed, file in zip(row["seeds"], row["files"], strict=True)
-        )
-        lines.append(f"| {' | '.join(cells)} | {links} |")
-    return "\n".join(lines)
+        if row["role"] in roles:
+            pairs.setdefault((row["data"], row["preset"]), []).append(row)
+    if not pairs:
+        raise NotRecorded(f"question 3, {' or '.join(roles)}")
+    return pairs
 
 
-def q3_more() -> str:
-    """Words that never occur in training, and what the benchmark measured."""
-    new = {
-        row["decoder"]: row["scores"]
-        for row in q3_rows("test_new_words")
-        if row["preset"] == "improved" and not row["changes"]
-    }
-    lstm, transformer = (spread(new[name]["damerau_levenshtein"]) for name in ("lstm", "transformer"))
-    bench = read("q3/bench.json")
-    times = {bar["what"]: f"{bar['value']:.0f}" for bar in bench["bars"]}
-    trained, decoded = (bench["dataset"][part]["name"] for part in ("training", "decoding"))
+def q3_similarities(rows: list[dict]) -> str:
+    return ", ".join(f"{DECODERS[row['decoder']]} {spread(row['scores']['damerau_levenshtein'])}" for row in rows)
+
+
+def q3_links(rows: list[dict]) -> str:
+    return ", ".join(f"{DECODERS[row['decoder']]} {row['links']}" for row in rows)
+
+
+def q3_seconds(rows: list[dict]) -> float:
+    """Training time of one seed, both decoders at once."""
+    return max(60 * row["minutes"]["mean"] for row in rows)
+
+
+def q3_results() -> list[list[str]]:
+    return [
+        [f"Damerau-Levenshtein similarity, preset {preset}", data, q3_similarities(rows), q3_links(rows)]
+        for (data, preset), rows in q3_pairs(RESULT).items()
+    ]
+
+
+def q3_cost() -> str:
+    (data, _), rows = next(iter(q3_pairs(RESULT).items()))
+    epochs, bench = read(f"q3/{rows[0]['files'][0]}")["config"]["epochs"], read("q3/bench.json")["training"]
+    speed = min(bench[row["decoder"]]["speech_seconds_per_second"]["wall"]["ours"] for row in rows)
+    whole = duration(epochs * 18 * 3600 / speed)  # 18 hours are LJ Speech's training split
     return (
-        f"On the second test split, whose sentences each hold a word never heard in training, the LSTM reaches a "
-        f"Damerau-Levenshtein similarity of {lstm}, the transformer {transformer}. One core trains on "
-        f"{times['training, LSTM']} (LSTM) and {times['training, transformer']} (transformer) times as many seconds of "
-        f"speech as the course's way, which pads every clip to 20 seconds. Greedy decoding takes "
-        f"1/{times['decoding, LSTM']} and 1/{times['decoding, transformer']} of the time of the course's way and gives "
-        f"the same texts ({link('benchmark', 'q3/bench.json')}: training on {trained}, decoding on the {decoded})."
+        f"**Time:** {duration(q3_seconds(rows))} of training on the {data}, both decoders at once, a CPU core each; "
+        f"making the corpus, scoring and drawing come on top. On LJ Speech {epochs} epochs would take about {whole} by the "
+        f"speed of the {link('benchmark', 'q3/bench.json')}; that has not been run. **Expect** on the "
+        f"{rows[0]['dataset']} a Damerau-Levenshtein similarity of {q3_similarities(rows)}."
     )
 
 
-PARTS = {"q1-speed": q1_speed, "q1-more": q1_more, "q1-errors": q1_errors}
-PARTS |= {"q2-runs": q2_runs, "q2-transfer": q2_transfer, "q2-counts": q2_counts, "q2-speed": q2_speed}
-PARTS |= {"q3-runs": q3_runs, "q3-more": q3_more}
+def q3_scope() -> str:
+    """What is not recorded."""
+    recorded = {row[key] for rows in q3_pairs(RESULT).values() for row in rows for key in ("dataset", "preset")}
+    parts = {
+        "homework": "the preset `homework`",
+        LJ_TEXTS: "the texts of LJ Speech, spoken",
+        "LJ Speech": "LJ Speech itself",
+    }
+    missing = [text for name, text in parts.items() if name not in recorded]
+    scope = "" if "LJ Speech" in recorded else "**Nothing here is a score on LJ Speech.** "
+    return scope + (f"Not recorded yet: {'; '.join(missing)}." if missing else "")
 
 
-def draw_q3() -> None:
-    """Loss and similarity over the epochs of the first seed, as in the notebook."""
-    from utils import plot_speech_curves, save_figure
+def q3_table(role: str) -> str:
+    """One row a decoder, preset and corpus: mean ± deviation over the seeds, on the test splits."""
+    new_words = {row["links"]: spread(row["scores"]["damerau_levenshtein"]) for row in q3_rows("test_new_words")}
+    rows = []
+    for row in (row for pair in q3_pairs(role).values() for row in pair):
+        scores = row["scores"]
+        cells = [row["data"], row["preset"], DECODERS[row["decoder"]]]
+        cells += [spread(scores[key]) for key in ("jaccard", "cosine", "damerau_levenshtein")]
+        rows.append([*cells, new_words.get(row["links"], ""), spread(scores["cer"], ".1%"), row["links"]])
+    head = ["data", "preset", "decoder", "Jaccard", "cosine", "Damerau-Levenshtein"]
+    return table([*head, "the same, new words", "CER", "records by seed"], rows)
 
-    rows = [row for row in q3_rows() if row["preset"] == "improved" and not row["changes"] and row["kind"] == "spoken"]
-    records = {row["decoder"]: read(f"q3/{row['files'][0]}") for row in rows}
-    names = {"lstm": "LSTM", "transformer": "transformer"}
-    histories = {names[decoder]: records[decoder]["history"] for decoder in sorted(records)}
-    title = f"{rows[0]['dataset']} ({rows[0]['kind']}), improved"
-    save_figure(plot_speech_curves(histories, title), ROOT / "report" / "figures" / "q3" / "curves")
+
+def q3_memorised() -> str:
+    proofs = (
+        f"trained on {rows[0]['clips']} clips of real speech and scored on the same clips, the similarity is "
+        f"{q3_similarities(rows)} ({q3_links(rows)})"
+        for rows in q3_pairs(BY_HEART).values()
+    )
+    return f"A proof that all parts work on a person's voice, and no result: {'; '.join(proofs)}."
+
+
+def q3_counts() -> str:
+    """What each corpus of the tables holds."""
+    datasets = {data: read(f"q3/{rows[0]['files'][0]}")["dataset"] for (data, _), rows in q3_pairs(RESULT).items()}
+    rows = [
+        [data, split, f"{count:,}", f"{dataset['hours'][split]:.2f}"]
+        for data, dataset in datasets.items()
+        for split, count in dataset["counts"].items()
+    ]
+    return table(["speech", "split", "clips", "hours"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------
+# All questions
+
+
+def results() -> str:
+    """The first screen's table."""
+    rows = []
+    for question, make in enumerate((q1_results, q2_results, q3_results), start=1):
+        try:
+            rows += [[f"{question}", *cells] for cells in make()]
+        except NotRecorded:
+            rows.append([f"{question}", "", "", "not recorded yet", ""])
+    return table(["question", "measured", "data (kind)", "result", "records"], rows).replace(" ± ", "\u00a0±\u00a0")
+
+
+def cost() -> str:
+    record, speech = read("q1.json"), next(iter(q3_pairs(RESULT).values()))
+    seconds = record["seconds"] + q2_default()["seconds"]["mean"] + q3_seconds(speech)
+    return (
+        f"Without a network and without a GPU that takes about {duration(seconds)} on {record['hardware']['cpus']} CPU "
+        f"cores, besides the installation and the making of data ({record['hardware']['machine']}, Python "
+        f"{record['versions']['python']}, PyTorch {record['versions']['torch'].split('+')[0]})."
+    )
+
+
+def benchmarks() -> str:
+    """Our code against the plain way, in one process."""
+    q1, q2, q3 = (read(path) for path in ("q1-bench.json", "q2/bench.json", "q3/bench.json"))
+    bars, times = ({bar["what"]: bar["value"] for bar in bench["bars"]} for bench in (q1, q3))
+    steps, memory = q2["steps_per_second"], q1["memory_mib"]
+    trained, decoded = (q3["dataset"][part]["name"] for part in ("training", "decoding"))
+    found = {
+        "q1-bench.json": f"{bars['time, forward, D = 64']:.2f} of the time of fused softmax attention, causal "
+        f"{bars['time, causal, D = 64']:.2f} (D = 64, L = 8,192). {memory['Taylor']:.0f} MiB beside the input, naive "
+        f"features {memory['naive features']:,.0f} MiB (L = 16,384).",
+        "q2/bench.json": f"{q2['ratio_wall']:.2f} times the steps of the course's loop ({steps['ours']:.0f} against "
+        f"{steps['plain']:.0f} a second), same parameters to the bit. {q2['data_memory_ratio']:.2f} of the memory.",
+        "q3/bench.json": f"Training: {times['training, LSTM']:.0f} (LSTM) and {times['training, transformer']:.0f} "
+        f"(transformer) times the seconds of speech of the course's way ({trained}). Greedy decoding: "
+        f"1/{times['decoding, LSTM']:.0f} and 1/{times['decoding, transformer']:.0f} of its time ({decoded}).",
+    }
+    rounds = q1["config"]["rounds"], q2["rounds"], q3["config"]["rounds"]
+    rows = [
+        [f"`python benchmarks/bench_q{question}.py`", text, f"{rounds[question - 1]}", link("record", path)]
+        for question, (path, text) in enumerate(found.items(), start=1)
+    ]
+    return table(["command", "ours against the plain way, on one thread of a CPU", "rounds", "record"], rows)
+
+
+def records() -> str:
+    """The targets that make the records, in order, with what they take."""
+    trained = {False: 0.0, True: 0.0}  # seconds, by whether on the texts of LJ Speech
+    for rows in q3_pairs(RESULT, CHANGE, BY_HEART).values():
+        trained[rows[0]["dataset"] == LJ_TEXTS] += q3_seconds(rows) * len(rows[0]["seeds"])
+    q2 = sum(q2_seconds(q2_grid(folder)) for folder in Q2_GRIDS)
+    targets = {
+        "make q1-records": ("question 1", read("q1.json")["seconds"]),
+        "make q2-records REAL=scans.npz": ("question 2: all grids, and phantom networks on real scans", q2),
+        "make q3-records REAL_SPEECH=LJSpeech-1.1": ("question 3, but for the texts of LJ Speech", trained[False]),
+        "make q3-lj-text TEXTS=metadata.csv": ("question 3 on all texts of LJ Speech, spoken", trained[True]),
+    }
+    rows = [
+        [f"`{name}`", what, duration(time) if time else "not recorded yet"] for name, (what, time) in targets.items()
+    ]
+    return table(["command", "what it records", "minutes on two cores, so far as recorded, without benchmarks"], rows)
+
+
+def devices() -> str:
+    used = {json.loads(path.read_text()).get("device") for path in RESULTS.rglob("*.json")} - {None}
+    if used == {"cpu"}:
+        return "**Nothing on this page was measured on a GPU:** every record names the CPU as its device."
+    return f"The records were made on: {', '.join(sorted(used))}."
+
+
+PARTS = {"results": results, "cost": cost, "benchmarks": benchmarks, "records": records, "devices": devices}
+PARTS |= {"q1-cost": q1_cost, "q1-speed": q1_speed, "q1-errors": q1_errors}
+PARTS |= {"q2-cost": q2_cost, "q2-runs": q2_runs, "q2-transfer": q2_transfer, "q2-counts": q2_counts}
+PARTS |= {"q3-cost": q3_cost, "q3-scope": q3_scope, "q3-memorised": q3_memorised, "q3-counts": q3_counts}
+PARTS |= {"q3-runs": lambda: q3_table(RESULT), "q3-changes": lambda: q3_table(CHANGE)}
 
 
 def fill(text: str) -> str:
     """Replace what stands between <!-- begin NAME --> and <!-- end NAME --> for each part."""
     for name, make in PARTS.items():
+        try:
+            part = make()
+        except NotRecorded as missing:
+            part = f"*Not recorded yet: {missing}.*"
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        text, found = pattern.subn(lambda _, b=begin, e=end, m=make: f"{b}\n{m()}\n{e}", text)
+        text, found = pattern.subn(lambda _, new=f"{begin}\n{part}\n{end}": new, text)
         if found != 1:
             raise SystemExit(f"README.md: the part {name} stands there {found} times, not once")
     return text
@@ -240,7 +451,9 @@ def main() -> int:
             print("README.md is not what the records say: run `make readme`", file=sys.stderr)
         return int(new != old)
     path.write_text(new)
-    draw_q3()
+    import pictures  # here: it imports this file
+
+    pictures.draw_all()
     return 0
 
 

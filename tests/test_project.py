@@ -1,51 +1,327 @@
 """The repository itself: README, requirements, Makefile."""
 
+import ast
 import importlib
+import importlib.util
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import urlsplit
 
+import click
+import papermill.cli
 import pytest
+import torch
+import yaml
 from conftest import ROOT
 
+import utils
+
 README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)  # language, code
+PROSE = BLOCK.sub("", README)
+MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def test_the_readme_says_what_the_records_say():
-    command = [sys.executable, ROOT / "report" / "readme.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def git_files() -> list[str]:
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_links_of_the_readme_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
-    assert len(links) > 10
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for target in links:
-        assert any(path == target or path.startswith(f"{target}/") for path in tracked), target
+# ---------------------------------------------------------------------------------------------------
+# The README's generated parts
 
 
-def test_make_targets_of_the_readme_exist():
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", README))
-    assert named and named <= targets, named - targets
+def load_readme_script(results: Path):
+    """report/readme.py as a module of its own, which reads its records in `results`."""
+    spec = importlib.util.spec_from_file_location("readme_under_test", ROOT / "report" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.RESULTS = results
+    return module
 
 
-@pytest.mark.parametrize(("script", "least"), [("attention_approx.py", 3), ("hw2-q2.py", 6)])
-def test_flags_of_the_readme_exist(script, least, capsys):
-    module = importlib.import_module(script.removesuffix(".py"))
-    commands = re.findall(rf"python {re.escape(script)}([^`\n#]*)", README)
-    assert len(commands) >= least
-    for flags in commands:
-        words = flags.replace("...", "x").split()
-        if words == ["-h"]:
-            continue
-        module.parse_arguments(words)  # exits on an unknown flag
-    with pytest.raises(SystemExit):
-        module.parse_arguments(["-no_such_flag"])
-    assert "unrecognized" in capsys.readouterr().err
+def section(text: str, name: str) -> str:
+    return text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
+
+
+def test_the_readme_says_what_the_records_say(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
+    assert load_readme_script(ROOT / "results").main() == 0, capsys.readouterr().err
+
+
+def test_the_readme_says_what_is_not_recorded(tmp_path):
+    text = load_readme_script(tmp_path).fill(README)
+    assert section(text, "results").count("not recorded yet") == 3
+    assert "Not recorded yet: results/q1.json" in section(text, "q1-cost")
+    assert "Not recorded yet: question 3, a result" in section(text, "q3-runs")
+
+
+def test_the_readme_sorts_the_records_of_question_3(tmp_path):
+    """Changed settings and clips learnt by heart must never stand among the results."""
+    shutil.copytree(ROOT / "results", tmp_path, dirs_exist_ok=True)
+    original = next(
+        r
+        for r in (json.loads(path.read_text()) for path in (tmp_path / "q3").glob("spoken-*-improved-lstm-*"))
+        if not r["changes"]
+    )
+
+    def add(name, dataset, kind, changes, command="papermill", preset="improved"):
+        about = original["dataset"] | {"name": dataset, "kind": kind, "sha256": name}
+        config = original["config"] | {"preset": preset} | changes
+        copy = original | {"dataset": about, "changes": changes, "config": config, "command": command}
+        utils.write_json(tmp_path / "q3" / f"{name}.json", copy)
+
+    add("texts", "LJ Speech texts, spoken", "spoken", {"epochs": 6})
+    add("heart", "LJ Speech: 32 clips", "real", {"epochs": 120}, "papermill hw2-q3.ipynb out.ipynb -p memorise 32")
+    add("changed", "spoken corpus", "spoken", {"ctc_weight": 0.0})
+    add("skeleton", "spoken corpus", "spoken", {}, preset="homework")
+    text = load_readme_script(tmp_path).fill(README)
+
+    def names(part):
+        return set(re.findall(r"\(results/q3/(\w+)\.json\)", section(text, part)))
+
+    assert names("q3-runs") == names("results") == {"texts", "skeleton"}
+    assert names("q3-changes") == {"changed"} and names("q3-memorised") == {"heart"}
+    assert "improved (epochs 6)" in section(text, "q3-runs") and "ctc_weight 0.0" in section(text, "q3-changes")
+    assert "Not recorded yet: LJ Speech itself." in section(text, "q3-scope")
+    assert "not recorded yet" not in section(text, "records")
+
+
+# Decimals and quantities that may be typed, with their source; all others are measured, so they must be generated.
+TYPED = {
+    **dict.fromkeys([".8724", ".8576"], "the homework's original authors"),
+    **dict.fromkeys([".715", ".832", ".509", ".765", ".866", ".634"], "the course's own solution of question 3"),
+    **dict.fromkeys([".743", ".943", ".762", ".952", ".771", ".963"], "MedMNIST v2"),
+    "3.11": "pyproject.toml",
+    "4.0": "the licence's name",
+    "0.01": "the homework's statement",
+    "54.9 MB": "Zenodo",
+    "2.6 GB": "the archive of LJ Speech",
+    "20 seconds": "the course's skeleton",
+    "30 minutes": ".github/workflows/test.yml",
+}
+
+
+def test_measured_numbers_of_the_readme_are_generated():
+    typed = re.sub(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->|`[^`]+`|\]\([^)]*\)", " ", PROSE, flags=re.DOTALL)
+    found = re.findall(
+        r"(?<![\w.])\d*\.?\d+ (?:[MG]i?B|seconds?|minutes?|hours?)\b|(?<![\w.])\d*\.\d+(?! [MG]B)", typed
+    )
+    assert set(found) <= set(TYPED), set(found) - set(TYPED)
+    assert "timeout-minutes: 30" in (ROOT / ".github" / "workflows" / "test.yml").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The README's links
+
+
+def anchors() -> list[str]:
+    """The anchors that GitHub gives to headings: lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", PROSE, flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def check_link(target: str) -> None:
+    """A file or folder that git knows, a heading of the README, or an address that a browser can open."""
+    if ":" in target:
+        url = urlsplit(target)
+        assert url.scheme == "https" and re.fullmatch(r"[\w-]+(\.[\w-]+)+", url.netloc), target
+        return
+    path, _, anchor = target.partition("#")
+    if path:
+        tracked = git_files()
+        assert not anchor and any(file == path or file.startswith(f"{path}/") for file in tracked), target
+    else:
+        assert anchor in anchors(), target
+
+
+LINKS = re.findall(r"\]\(([^)]*)\)|<(https?:[^>]*)>", re.sub(r"`[^`]*`", "code", PROSE))
+
+
+@pytest.mark.parametrize("target", sorted({"".join(pair) for pair in LINKS}))
+def test_links_of_the_readme_lead_somewhere(target):
+    check_link(target)
+
+
+@pytest.mark.parametrize(
+    "target", ["results/none.json", "#no-such-heading", "https://nowhere", "http://a.org", "report/#x"]
+)
+def test_dead_links_are_noticed(target):
+    with pytest.raises(AssertionError):
+        check_link(target)
+
+
+def test_headings_of_the_readme_can_be_told_apart():
+    assert len(anchors()) == len(set(anchors())) > 8
+
+
+# ---------------------------------------------------------------------------------------------------
+# The README's commands
+
+TOOLS = {".", "cd", "echo", "git", "grep", "jupyter", "mkdir", "pip", "rm", "ruff", "sed", "touch"}
+
+
+def commands() -> list[str]:
+    """Lines of code blocks without a language, and `code` that begins with the name of a program."""
+    lines = [line for language, code in BLOCK.findall(README) if not language for line in code.splitlines()]
+    lines += re.findall(r"`((?:make|python3?|papermill|jupyter|pip|git) [^`]+)`", PROSE)
+    return list(dict.fromkeys(part.strip() for line in lines for part in line.split("&&")))
+
+
+def dry_run(*words: str) -> subprocess.CompletedProcess:
+    """What make would do."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")}
+    command = ["make", "--no-print-directory", "-n", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def check_command(command: str, notebook) -> None:
+    """Raises AssertionError if a target, script, file, flag or parameter of a command does not exist."""
+    words = shlex.split(command.replace("...", "x"), comments=True)
+    program, words = words[0].split("/")[-1], words[1:]
+    if program == "make":
+        for word in words:
+            assert "=" not in word or f"$({word.split('=')[0]})" in MAKEFILE, command
+        done = dry_run(*words)
+        assert done.returncode == 0, done.stderr
+        for line in done.stdout.replace("\\\n", " ").splitlines():
+            check_command(line, notebook)
+    elif program in ("python", "python3", "pytest"):
+        check_python(words, command)
+    elif program == "papermill":
+        check_parameters(words, notebook)
+    else:
+        assert program in TOOLS, command
+        files = [word for word in words if re.search(r"\.(ipynb|txt|md)$", word) and not word.startswith("runs/")]
+        assert all((ROOT / file).is_file() for file in files), command
+
+
+def check_python(words: list[str], command: str) -> None:
+    script, *words = words
+    if script in ("-m", "-c"):
+        assert script == "-c" or words[0] in ("venv", "pip", "pytest"), command
+        assert all((ROOT / w).exists() for w in words if words[0] == "pytest" and w.startswith("tests/")), command
+        return
+    assert script in git_files(), command
+    module = script.removesuffix(".py")
+    if module in ("attention_approx", "hw2-q2"):
+        try:
+            importlib.import_module(module).parse_arguments(words)
+        except SystemExit as stop:  # -h ends with 0
+            assert stop.code == 0, command
+        return
+    source = (ROOT / script).read_text()
+    for flag in re.findall(r"(?<!\S)--?[a-z]\w*", " ".join(words)):
+        assert f'"{flag}"' in source, (command, flag)
+
+
+def parameter_names() -> set[str]:
+    """What the notebook's cell of parameters sets."""
+    cells = json.loads((ROOT / "hw2-q3.ipynb").read_text())["cells"]
+    (cell,) = (c for c in cells if "parameters" in c["metadata"].get("tags", []))
+    statements = ast.parse("".join(cell["source"])).body
+    return {target.id for statement in statements for target in statement.targets}
+
+
+def check_parameters(words: list[str], notebook) -> None:
+    try:
+        options = papermill.cli.papermill.make_context("papermill", list(words)).params
+    except click.ClickException as error:
+        raise AssertionError(error.format_message()) from None
+    assert (ROOT / options["notebook_path"]).is_file()
+    given = dict(options["parameters"])
+    for text in options["parameters_yaml"]:
+        given |= yaml.safe_load(text)
+    assert set(given) <= parameter_names(), set(given) - parameter_names()
+    try:
+        notebook.choose_settings(given.get("preset", "improved"), given.get("overrides", {}))
+    except notebook.InputError as error:
+        raise AssertionError(error) from None
+    assert set(given.get("decoders", "lstm").split()) <= set(notebook.DECODERS)
+
+
+@pytest.fixture(scope="module")
+def definitions():
+    return utils.notebook_definitions(ROOT / "hw2-q3.ipynb")
+
+
+@pytest.fixture
+def notebook(definitions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # flags are also refused for files that are there
+    return definitions
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_readme_exist(command, notebook):
+    check_command(command, notebook)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make q4",
+        "make q1 q2 q33",
+        "make q2-records REALS=scans.npz",
+        'make q2 ARGS="-no_such_flag"',
+        'make q2 ARGS="-recipe strongest"',
+        "python attention_aprox.py",
+        "python attention_approx.py -size 8",
+        "python benchmarks/bench_q1.py -repeat 3",
+        "python report/readme.py --chekc",
+        'make q3 ARGS="-p corpus spoken"',
+        'make q3 ARGS="-p preset best"',
+        "make q3 ARGS=\"-y '{overrides: {depth: 6}}'\"",
+        'make q3 ARGS="--parameter data spoken"',
+        'make q3 ARGS="-p decoders gru"',
+        'make test ARGS="tests/test_none.py"',
+        "jupyter lab hw3.ipynb",
+        "pip install -r requirement.txt",
+        "conda install torch",
+    ],
+)
+def test_commands_that_do_not_exist_are_noticed(command, notebook):
+    with pytest.raises(AssertionError):
+        check_command(command, notebook)
+
+
+def test_flags_that_the_readme_names_alone_exist(notebook):
+    spans = re.findall(r"`(-[a-z][^`]*)`", PROSE)
+    assert len(spans) >= 4
+    sources = "".join((ROOT / script).read_text() for script in ("attention_approx.py", "hw2-q2.py"))
+    for span in spans:
+        if span.startswith("-p "):
+            check_parameters(["hw2-q3.ipynb", "out.ipynb", *shlex.split(span)], notebook)
+        else:
+            assert f'"{span.split()[0]}"' in sources, span
+
+
+def test_the_python_of_the_readme_runs():
+    (block,) = (code for language, code in BLOCK.findall(README) if language == "python")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (0.3 * torch.randn(2, 40, 8, generator=generator) for _ in range(3))
+    names = {"q": q, "k": k, "v": v, "mask": torch.arange(40) < torch.tensor([[40], [25]])}
+    exec(block, names)
+    assert names["z"].shape == v.shape and names["bound"].shape == (2, 40)
+
+
+def test_make_help_lists_every_target():
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, flags=re.MULTILINE))
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert targets == set(re.findall(r"^([a-z0-9-]+) - \S", listed, flags=re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)[1].split()
+    assert targets == set(phony)
+
+
+def test_make_records_makes_them_in_order():
+    text = dry_run("records").stdout
+    places = [text.index(f"make {name}") for name in ("q1-records", "q2-records", "q3-records", "q3-lj-text")]
+    assert places == sorted(places)
+    assert "-resume" in text and "records_dir results/q3" in text
 
 
 def test_requirements_are_pinned_and_say_who_needs_them():
@@ -65,9 +341,7 @@ def test_every_record_tells_where_it_comes_from():
 
 
 def test_a_second_make_installs_nothing():
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")}
-    command = ["make", "--no-print-directory", "-n", "q2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = dry_run("q2")
     if (ROOT / ".venv" / ".ready").exists():
         assert "pip" not in done.stdout and done.stdout.strip().endswith("hw2-q2.py")
     else:
