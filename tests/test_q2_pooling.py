@@ -181,6 +181,8 @@ def test_the_script_writes_a_record_and_loads_what_is_trained(pooling, call, sma
     assert record["config"]["learning_rate"] == 0.1 and record["config"]["epochs"] == 1
     assert record["seeds"] == [5, 6] and record["chosen_by"] == "val_accuracy"
     assert list(record["networks"]) == ["max", "stride", "mean"] and list(record["max_minus"]) == ["stride", "mean"]
+    firsts = [network["runs"][0]["history"]["train_loss"][0] for network in record["networks"].values()]
+    assert len(set(firsts)) == 3  # three trainings, not one under three names
     for pool, network in record["networks"].items():
         others = {other for other in record["networks"] if other != pool}
         assert [run["seed"] for run in network["runs"]] == [5, 6]
@@ -239,7 +241,7 @@ def test_bad_input_is_one_line_and_status_2(call, small_npz, tmp_path):
         (["-seeds", "1", "1"], "every seed once"),
         (["-pool", "max"], "unrecognized"),
         (["-data", small_npz, "-device", "nonsense"], "-device nonsense"),
-        (["-data", small_npz, "-epochs", 1, "-jobs", 1, "-learning_rate", 1e9], "lower -learning_rate"),
+        (["-data", small_npz, "-epochs", 1, "-jobs", 1, "-learning_rate", 1e9], "seed42-epochs1: training diverged"),
     ]:
         status, _, err = call(*arguments)
         assert status == 2 and message in err and err.count("\n") == 1, (arguments, err)
