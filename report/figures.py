@@ -9,6 +9,7 @@ from which that font descends.
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -331,6 +332,83 @@ def q2_pooling() -> Figure:
 # ---------------------------------------------------------------------------------------------------
 # Question 3
 
+DECODERS = {"lstm": ("LSTM", COLOURS[0]), "transformer": ("transformer", COLOURS[1])}
+
+
+def speech_runs(decoder: str) -> list[tuple[str, dict]]:
+    """File names and records of the runs on the spoken corpus with the preset `improved`, one a seed."""
+    names = sorted(path.name for path in (ROOT / "results" / "q3").glob("spoken-*.json"))
+    runs = [(name, read(f"q3/{name}")) for name in names]
+    wanted = {"preset": "improved", "decoder": decoder}
+    return [(n, r) for n, r in runs if wanted.items() <= r["config"].items() and not r["changes"]]
+
+
+def draw_band(axes, x, values: np.ndarray, colour: str, **style) -> None:
+    """The mean of `values` [runs, points] with a band of one deviation."""
+    mean, std = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
+    axes.plot(x, mean, color=colour, **style)
+    axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+
+
+def q3_curves() -> Figure:
+    figure, (loss, similarity) = new_figure(2, height=2.5)
+    similarities = {"cosine": (":", "cosine"), "jaccard": ("--", "Jaccard")}
+    similarities["damerau_levenshtein"] = ("-", "Damerau-Levenshtein")
+    for decoder, (name, colour) in DECODERS.items():
+        histories = [record["history"] for _, record in speech_runs(decoder)]
+        epochs = [entry["epoch"] for entry in histories[0]]
+
+        def values(split, key, histories=histories):
+            return np.array([[entry[split][key] for entry in history] for history in histories])
+
+        draw_band(loss, epochs, values("train", "loss"), colour, linestyle="--", label=f"{name}, training")
+        draw_band(loss, epochs, values("val", "loss"), colour, label=f"{name}, validation")
+        for key, (line, label) in similarities.items():
+            draw_band(similarity, epochs, values("val", key), colour, linestyle=line, label=f"{name}, {label}")
+    loss.set(xlabel="epoch", ylabel="cross-entropy per character (nats)")
+    similarity.set(xlabel="epoch", ylabel="similarity, validation split", ylim=(0, 1.02))
+    for axes in (loss, similarity):
+        axes.set_xticks(epochs)
+        axes.legend()
+    return figure
+
+
+def q3_alignments() -> Figure:
+    figure, panels = new_figure(2, height=3.3)
+    for axes, (decoder, (name, _)) in zip(panels, DECODERS.items(), strict=True):
+        looked = read(f"q3/details/{speech_runs(decoder)[0][0]}")["cross_attention"]
+        weights = np.array(looked["weights"])
+        extent = (0, weights.shape[1] * looked["seconds_per_position"], len(weights), 0)
+        axes.imshow(weights, aspect="auto", cmap="Greys", vmin=0, extent=extent, interpolation="nearest")
+        heard = looked["heard_by_ctc"] or []
+        axes.plot(heard, np.arange(len(heard)) + 0.5, ".", color=COLOURS[1], markersize=3.5)
+        rows = [*looked["written"].replace(" ", "_"), "stop"]
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=6.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set(title=name, xlabel="time (s)", ylabel="character written (_ is the space)")
+        axes.grid(False)
+    return figure
+
+
+def q3_length() -> Figure:
+    groups = read("q3/analysis.json")["groups"]
+    (splits,) = (
+        g["splits"]
+        for g in groups
+        if (g["dataset"]["name"], g["preset"], g["changes"]) == ("spoken corpus", "improved", {})
+    )
+    figure, panels = new_figure(2, height=2.1)
+    for axes, (split, title) in zip(panels, {"test": "test", "test_new_words": "new words"}.items(), strict=True):
+        for decoder, (name, colour) in DECODERS.items():
+            bins = splits[split][decoder]["by_length"]
+            characters = [b["characters"]["mean"] for b in bins]
+            rates, deviations = ([100 * (b["cer"][key] or 0) for b in bins] for key in ("mean", "std"))
+            axes.errorbar(characters, rates, deviations, marker="o", capsize=2, color=colour, label=name)
+        axes.set(title=title, xlabel="characters of the sentence", ylabel="character error rate (%)")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    return figure
+
 
 FIGURES = {
     "q1-time": q1_time,
@@ -340,12 +418,17 @@ FIGURES = {
     "q2-rates": q2_rates,
     "q2-networks": q2_networks,
     "q2-confusion": q2_confusion,
+    "q3-curves": q3_curves,
+    "q3-alignments": q3_alignments,
+    "q3-length": q3_length,
 }  # name of the file -> the function that draws it, in the report's order
 if (ROOT / "results" / POOLING).exists():
     FIGURES["q2-pooling"] = q2_pooling
 
 
 def draw_all() -> None:
+    # Formulas on the axes would need mathtext for their minus; these axes have none.
+    warnings.filterwarnings("ignore", message="cmr10 font should ideally be used with mathtext")
     with matplotlib.rc_context(STYLE):
         for name, make in FIGURES.items():
             save(make(), name)

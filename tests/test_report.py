@@ -1,0 +1,84 @@
+"""The report: current, of the stated length, its figures and its analysis what the records give."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "report"))
+
+import figures
+import report
+import transcripts
+
+
+def test_the_committed_report_is_what_text_and_records_give():
+    command = [sys.executable, ROOT / "report" / "report.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_report_that_is_not_current_is_noticed(tmp_path, monkeypatch, capsys):
+    made = report.typeset()
+    (tmp_path / "report.pdf").write_bytes(made + b"\n")
+    monkeypatch.setattr(report, "typeset", lambda: made)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() == 1
+    assert "make report" in capsys.readouterr().err
+
+
+def test_the_report_has_eight_to_fourteen_pages():
+    pages = re.findall(rb"/Type\s*/Page\b(?!s)", (ROOT / "report" / "report.pdf").read_bytes())
+    assert 8 <= len(pages) <= 14
+
+
+def test_the_figures_are_what_the_records_give(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    figures.draw_all()
+    committed = {path.name: path.read_bytes() for path in (ROOT / "report" / "figures" / "report").iterdir()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed
+
+
+def test_the_analysis_is_what_the_transcripts_give(tmp_path, monkeypatch):
+    recorded = json.loads((ROOT / "results" / "q3" / "analysis.json").read_text())
+    monkeypatch.setattr(transcripts, "OUT", tmp_path / "analysis.json")
+    transcripts.main()
+    made = json.loads((tmp_path / "analysis.json").read_text())
+    for key in ("groups", "similarities"):
+        assert made[key] == recorded[key], key
+
+
+@pytest.mark.parametrize(
+    ("said", "written", "kind", "characters"),
+    [
+        ("a cat sat", "a bat sat", "misspelt", 1),
+        ("the red fox ran", "the fox ran", "skipped", 4),
+        ("the fox ran", "the fox fox ran", "repeated", 4),
+        ("the fox ran", "the blue fox ran", "invented", 5),
+        ("one cup", "one jigsaw", "replaced", 6),
+        ("no error", "no error", "misspelt", 0),
+    ],
+)
+def test_kinds_of_errors_by_hand(said, written, kind, characters):
+    expected = dict.fromkeys(("misspelt", "skipped", "repeated", "invented", "replaced"), 0)
+    expected[kind] = pytest.approx(1000 * characters / len(said))
+    assert transcripts.kinds_of_errors([(said, written)]) == expected
+
+
+def test_marked_transcripts_hold_both_texts():
+    said, written = "the red fox ran", "a red dog ran off"
+    pieces = transcripts.marked(said, written)
+    assert "".join(p.get("same", "") + p.get("missed", "") for p in pieces) == said
+    assert "".join(p.get("same", "") + p.get("added", "") for p in pieces) == written
+    assert transcripts.marked("same", "same") == [{"same": "same"}]
+
+
+def test_groups_by_length_hold_every_sentence_once():
+    pairs = [("a" * n, "a" * (n - 1)) for n in range(20, 1, -1)]
+    groups = transcripts.error_by_length(pairs)
+    assert [group["characters"] for group in groups] == [3.5, 7.5, 11.5, 15.5, 19]  # 19 sentences: 4, 4, 4, 4 and 3
+    assert groups[-1]["cer"] == pytest.approx(3 / (18 + 19 + 20))
