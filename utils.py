@@ -184,8 +184,9 @@ def git_state() -> dict | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # Records and figures are what a run writes; only other files make it another program.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!report", ":!*.md")
+        # Records, figures and texts are what a run writes; only other files make it another program.
+        written = (":!results", ":!report/figures", ":!*.md", ":!*.typ", ":!*.yml", ":!*.pdf")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return {"commit": git("rev-parse", "HEAD"), "clean": not changed}
     except (OSError, subprocess.SubprocessError):
         return None

@@ -56,11 +56,7 @@ def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
     """
     counts = dict.fromkeys(("misspelt", "skipped", "repeated", "invented", "replaced"), 0)
     for said, written in pairs:
-        for operation in Levenshtein.opcodes(said, written):
-            source = said[operation.src_start : operation.src_end]
-            target = written[operation.dest_start : operation.dest_end]
-            if operation.tag == "equal":
-                continue
+        for source, target in nb.wrong_stretches(said, written):
             if max(len(source), len(target)) < RUN:
                 kind = "misspelt"
             elif not target:

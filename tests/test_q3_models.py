@@ -1146,6 +1146,22 @@ def test_confusions_by_hand():
     assert counts[number("a"), number("a")] == 2 and counts.sum() == 6
 
 
+def test_wrong_stretches_by_hand():
+    assert nb.wrong_stretches("one cup of tea", "one jigsaw of te") == [("cup", "jigsaw"), ("a", "")]
+    assert nb.wrong_stretches("fox", "the fox") == [("", "the ")] and nb.wrong_stretches("fox", "fox") == []
+
+
+@given(*[st.text("abc ", max_size=12)] * 2)
+def test_wrong_stretches_lead_from_one_text_to_the_other(said, written):
+    stretches = nb.wrong_stretches(said, written)
+    edits = sum(max(len(source), len(target)) for source, target in stretches)
+    assert edits == textdistance.Levenshtein(external=False)(said, written)
+    place = 0
+    for source, target in stretches:
+        place = said.index(source, place) + len(source)
+        assert source != target and target in written
+
+
 def test_the_share_of_wrong_characters_in_runs_by_hand():
     said, written = ["red fox", "fox", "a cat"], ["fox", "fox fox", "a bat"]
     assert nb.share_in_runs(said, written) == 8 / 9  # "red " missed, " fox" added, one letter wrong

@@ -11,8 +11,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "report"))
 
 import figures
-import report
 import transcripts
+
+import report
 
 
 def test_the_committed_report_is_what_text_and_records_give():
