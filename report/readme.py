@@ -294,8 +294,8 @@ def q3_cost() -> str:
     whole = duration(epochs * 18 * 3600 / speed)  # 18 hours are LJ Speech's training split
     return (
         f"**Time:** {duration(q3_seconds(rows))} of training on the {data}, both decoders at once, a CPU core each; "
-        f"making the corpus, scoring and drawing come on top. On LJ Speech {epochs} epochs would take about {whole} by the "
-        f"speed of the {link('benchmark', 'q3/bench.json')}; that has not been run. **Expect** on the "
+        f"making the corpus, scoring and drawing come on top. On LJ Speech {epochs} epochs would take about {whole} by "
+        f"the speed of the {link('benchmark', 'q3/bench.json')}; that has not been run. **Expect** on the "
         f"{rows[0]['dataset']} a Damerau-Levenshtein similarity of {q3_similarities(rows)}."
     )
 
