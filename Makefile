@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-lj-text records readme report test lint bench clean
+.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-ablations q3-lj-text records readme report test lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
@@ -69,7 +69,7 @@ q2-records: $(READY)  ## question 2: make every record that the README quotes (R
 # LJ Speech, or a part of it, in its own layout; the texts of all its clips.
 REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
-RECORDED := -p records_dir results/q3
+RECORDED := -p records_dir results/q3 -p extra_clips 150
 
 q3-records: $(READY)  ## question 3: make every record that the README quotes, but for the long run (REAL_SPEECH=LJSpeech-1.1)
 	@mkdir -p runs/q3
@@ -80,11 +80,25 @@ q3-records: $(READY)  ## question 3: make every record that the README quotes, b
 	    -y '{overrides: {epochs: 120, warmup_steps: 50, dropout: 0.0, average_epochs: 1}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
 	$(PAPERMILL) runs/q3/homework.ipynb $(RECORDED) -p data spoken -p preset homework
+	$(BIN)/python report/transcripts.py
+
+# One run of each, to compare with seed 42: what the parts of the preset `improved` are worth.
+ABLATED := $(PAPERMILL) runs/q3/ablated.ipynb $(RECORDED) -p data spoken -y
+q3-ablations: $(READY)  ## question 3: record runs that each leave out or change one part of the preset (an hour; resumes)
+	@mkdir -p runs/q3
+	$(ABLATED) '{overrides: {guide_weight: 0}}'
+	$(ABLATED) '{overrides: {ctc_weight: 0, guide_weight: 0}}'
+	$(ABLATED) '{overrides: {kernel_size: 3}}'
+	$(ABLATED) '{overrides: {scale_positions: false}}'
+	$(ABLATED) '{overrides: {block_form: pre-norm}}'
+	$(ABLATED) '{overrides: {spec_augment: true}}'
+	$(BIN)/python report/transcripts.py
 
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)
 	@mkdir -p runs/q3
 	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
 	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 6}}' $(ARGS)
+	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where
 # the numbers come from". Stopped, it is called again: questions 2 and 3 go on where they were.
@@ -92,6 +106,7 @@ records: $(READY)  ## make every record of all questions, in order: hours; resum
 	$(MAKE) q1-records
 	$(MAKE) q2-records
 	$(MAKE) q3-records
+	$(MAKE) q3-ablations
 	$(MAKE) q3-lj-text
 
 readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
