@@ -56,12 +56,14 @@ def draw_q3(axes) -> str:
             histories = [read(f"q3/{file}")["history"] for file in row["files"]]
             curves = np.array([[epoch["val"]["damerau_levenshtein"] for epoch in history] for history in histories])
             epochs, colour = np.arange(1, curves.shape[1] + 1), colours[row["decoder"]]
-            label = DECODERS[row["decoder"]] + (f", {row['dataset']}" if len(pairs) > 1 else "")
+            label = DECODERS[row["decoder"]] if rows is pairs[0] else None
             axes.plot(epochs, curves.mean(0), line, color=colour, label=label)
             axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0)
+        if len(pairs) > 1:
+            axes.plot([], [], line, color="#555555", label=rows[0]["dataset"].removesuffix(", spoken"))
     axes.set(xlabel="epoch (mean and range of the seeds)", ylabel="Damerau-Levenshtein, validation", ylim=(0, 1.02))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="lower right", fontsize=9 if len(pairs) == 1 else 8)
+    axes.legend(loc="lower right", fontsize=9)
     if len(pairs) == 1:
         return pairs[0][0]["data"]
     return " and ".join(dict.fromkeys(SPEECH[row["kind"]] for rows in pairs for row in rows))

@@ -319,7 +319,9 @@ def test_make_help_lists_every_target():
 
 def test_make_records_makes_them_in_order():
     text = dry_run("records").stdout
-    places = [text.index(f"make {name}") for name in ("q1-records", "q2-records", "q3-records", "q3-lj-text")]
+    places = [
+        text.index(f"make {name}") for name in ("q1-records", "q2-records", "q3-records", "q3-ablations", "q3-lj-text")
+    ]
     assert places == sorted(places)
     assert "-resume" in text and "records_dir results/q3" in text
 
