@@ -392,21 +392,22 @@ def q3_alignments() -> Figure:
 
 def q3_length() -> Figure:
     groups = read("q3/analysis.json")["groups"]
-    (splits,) = (
-        g["splits"]
-        for g in groups
-        if (g["dataset"]["name"], g["preset"], g["changes"]) == ("spoken corpus", "improved", {})
+    found = {(g["dataset"]["name"], json.dumps(g["changes"])): g["splits"] for g in groups if g["preset"] == "improved"}
+    small, large = found["spoken corpus", "{}"], found.get(("LJ Speech texts, spoken", '{"epochs": 6}'))
+    shown = {"test": small["test"], "new words": small["test_new_words"]} | (
+        {"LJ texts": large["test"]} if large else {}
     )
-    figure, panels = new_figure(2, height=2.1)
-    for axes, (split, title) in zip(panels, {"test": "test", "test_new_words": "new words"}.items(), strict=True):
+    figure, panels = new_figure(len(shown), height=2.0)
+    for axes, (title, decoders) in zip(panels, shown.items(), strict=True):
         for decoder, (name, colour) in DECODERS.items():
-            bins = splits[split][decoder]["by_length"]
+            bins = decoders[decoder]["by_length"]
             characters = [b["characters"]["mean"] for b in bins]
             rates, deviations = ([100 * (b["cer"][key] or 0) for b in bins] for key in ("mean", "std"))
             axes.errorbar(characters, rates, deviations, marker="o", capsize=2, color=colour, label=name)
-        axes.set(title=title, xlabel="characters of the sentence", ylabel="character error rate (%)")
+        axes.set(title=title, xlabel="characters of the sentence")
         axes.set_ylim(bottom=0)
-        axes.legend()
+    panels[0].set_ylabel("character error rate (%)")
+    panels[0].legend()
     return figure
 
 
