@@ -374,7 +374,7 @@ def q3_curves() -> Figure:
 
 
 def q3_alignments() -> Figure:
-    figure, panels = new_figure(2, height=3.3)
+    figure, panels = new_figure(2, height=2.9)
     for axes, (decoder, (name, _)) in zip(panels, DECODERS.items(), strict=True):
         looked = read(f"q3/details/{speech_runs(decoder)[0][0]}")["cross_attention"]
         weights = np.array(looked["weights"])
