@@ -1327,19 +1327,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # an odd terminal must not stop a run
-    args = parse_arguments(arguments)
-    utils.git_state()  # now: files may change while a run goes on
-    try:
-        run(args)
-    except (InputError, OSError) as error:
-        print(f"attention_approx.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nattention_approx.py: stopped, nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return utils.run_script("attention_approx.py", parse_arguments, run, arguments, "stopped, nothing was written")
 
 
 if __name__ == "__main__":

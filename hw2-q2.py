@@ -971,19 +971,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file name or a ± must not stop a run on an odd terminal
-    args = parse_arguments(arguments)
-    utils.git_state()  # now: files may change while a run goes on
-    try:
-        run(args)
-    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        print(f"hw2-q2.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nhw2-q2.py: stopped; a training goes on with the same command and -resume", file=sys.stderr)
-        return 130
-    return 0
+    return utils.run_script(
+        "hw2-q2.py", parse_arguments, run, arguments, "stopped; a training goes on with the same command and -resume"
+    )
 
 
 if __name__ == "__main__":

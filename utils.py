@@ -135,6 +135,32 @@ def number(kind: type, low: float, high: float = math.inf, low_fits: bool = True
 STALE_SECONDS = 300.0  # temporary files are written to all the time; after so long a pause nobody does
 
 
+def run_script(
+    name: str,
+    parse: Callable[[list[str] | None], argparse.Namespace],
+    run: Callable[[argparse.Namespace], None],
+    arguments: list[str] | None,
+    stopped: str,
+) -> int:
+    """Parse and run; `stopped` is said when it is interrupted.
+
+    Returns the exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file name or a ± must not stop a run on an odd terminal
+    args = parse(arguments)
+    git_state()  # now: files may change while a run goes on
+    try:
+        run(args)
+    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: {stopped}", file=sys.stderr)
+        return 130
+    return 0
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
@@ -195,6 +221,13 @@ def git_state() -> dict | None:
 def mean_and_deviation(values: list[float]) -> dict:
     """Mean and sample standard deviation (None for a single value, which has none)."""
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def summarise(values: list) -> dict | None:
+    """Mean and deviation of every number in dicts alike, of any depth; None where one of them is None."""
+    if isinstance(values[0], dict):
+        return {key: summarise([value[key] for value in values]) for key in values[0]}
+    return None if None in values else mean_and_deviation(values)
 
 
 def remove_stale(folder: Path, pattern: str) -> None:

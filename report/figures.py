@@ -192,11 +192,15 @@ def grid_runs(folder: str, network: str = "maxpool", rate: float | None = None) 
     return [read(f"q2/{folder}/{path}") for path in row["runs"]]
 
 
-def draw_seeds(axes, x, curves, **style) -> None:
-    """The mean of the seeds' curves as a line, their range as a band."""
+def draw_seeds(axes, x, curves, deviation: bool = False, **style) -> None:
+    """The mean of the seeds' curves as a line, their range as a band, or one deviation to either side."""
     curves = np.array(curves)
-    axes.plot(x, curves.mean(axis=0), **style)
-    axes.fill_between(x, curves.min(axis=0), curves.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+    mean, low, high = curves.mean(axis=0), curves.min(axis=0), curves.max(axis=0)
+    if deviation:
+        std = curves.std(axis=0, ddof=1) if len(curves) > 1 else 0
+        low, high = mean - std, mean + std
+    axes.plot(x, mean, **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw_histories(axes, runs: list[dict], name: str, x=None, **style) -> None:
@@ -343,13 +347,6 @@ def speech_runs(decoder: str) -> list[tuple[str, dict]]:
     return [(n, r) for n, r in runs if wanted.items() <= r["config"].items() and not r["changes"]]
 
 
-def draw_band(axes, x, values: np.ndarray, colour: str, **style) -> None:
-    """The mean of `values` [runs, points] with a band of one deviation."""
-    mean, std = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
-    axes.plot(x, mean, color=colour, **style)
-    axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-
-
 def q3_curves() -> Figure:
     figure, (loss, similarity) = new_figure(2, height=2.5)
     similarities = {"cosine": (":", "cosine"), "jaccard": ("--", "Jaccard")}
@@ -361,10 +358,26 @@ def q3_curves() -> Figure:
         def values(split, key, histories=histories):
             return np.array([[entry[split][key] for entry in history] for history in histories])
 
-        draw_band(loss, epochs, values("train", "loss"), colour, linestyle="--", label=f"{name}, training")
-        draw_band(loss, epochs, values("val", "loss"), colour, label=f"{name}, validation")
+        draw_seeds(
+            loss,
+            epochs,
+            values("train", "loss"),
+            deviation=True,
+            color=colour,
+            linestyle="--",
+            label=f"{name}, training",
+        )
+        draw_seeds(loss, epochs, values("val", "loss"), deviation=True, color=colour, label=f"{name}, validation")
         for key, (line, label) in similarities.items():
-            draw_band(similarity, epochs, values("val", key), colour, linestyle=line, label=f"{name}, {label}")
+            draw_seeds(
+                similarity,
+                epochs,
+                values("val", key),
+                deviation=True,
+                color=colour,
+                linestyle=line,
+                label=f"{name}, {label}",
+            )
     loss.set(xlabel="epoch", ylabel="cross-entropy per character (nats)")
     similarity.set(xlabel="epoch", ylabel="similarity, validation split", ylim=(0, 1.02))
     for axes in (loss, similarity):

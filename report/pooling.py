@@ -241,20 +241,13 @@ def measure(config: PoolingConfig, folder: Path, record: dict, splits: dict, dev
     }
 
 
-def summarise(values: list) -> dict | None:
-    """Mean and deviation over the seeds of every number in alike dicts."""
-    if isinstance(values[0], dict):
-        return {key: summarise([value[key] for value in values]) for key in values[0]}
-    return None if None in values else utils.mean_and_deviation(values)
-
-
 def difference(a: dict | float | None, b: dict | float | None) -> dict | float | None:
     if isinstance(a, dict):
         return {key: difference(a[key], b[key]) for key in a if key in b}
     return None if a is None or b is None else a - b
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     device = utils.choose_device(args.device)
     data = utils.load_oct(args.data, args.data_dir)
@@ -271,10 +264,10 @@ def run(args: argparse.Namespace) -> dict:
         "dataset": data.description,
         "seeds": args.seeds,
         "chosen_by": f"val_{hw2_q2.CHOOSE_BY['homework']}",
-        "networks": {pool: {"summary": summarise(measures[pool]), "runs": by_pool[pool]} for pool in POOLS},
+        "networks": {pool: {"summary": utils.summarise(measures[pool]), "runs": by_pool[pool]} for pool in POOLS},
         # A seed gives the three networks the same first weights and the same batches: differences are by pairs.
         "max_minus": {
-            pool: summarise(list(map(difference, measures["max"], measures[pool]))) for pool in ("stride", "mean")
+            pool: utils.summarise(list(map(difference, measures["max"], measures[pool]))) for pool in ("stride", "mean")
         },
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "jobs": args.jobs,
@@ -283,7 +276,7 @@ def run(args: argparse.Namespace) -> dict:
         **utils.run_environment(),
     }
     utils.write_json(args.out or Path(f"results/q2/pooling-{name}.json"), record)
-    return record
+    print_record(record)
 
 
 def print_record(record: dict) -> None:
@@ -316,17 +309,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted."""
-    args = parse_arguments(arguments)
-    utils.git_state()  # now: files may change while a run goes on
-    try:
-        print_record(run(args))
-    except (InputError, OSError) as error:
-        print(f"pooling.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\npooling.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return utils.run_script("pooling.py", parse_arguments, run, arguments, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import mean_and_deviation, notebook_definitions, run_environment, write_json  # noqa: E402
+from utils import mean_and_deviation, notebook_definitions, run_environment, summarise, write_json  # noqa: E402
 
 OUT = ROOT / "results" / "q3" / "analysis.json"
 nb = notebook_definitions(ROOT / "hw2-q3.ipynb")
@@ -70,23 +70,18 @@ def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
     return {kind: 1000 * count / characters for kind, count in counts.items()}
 
 
-def over_seeds(values: list[dict]) -> dict:
-    """Mean and deviation of every number of like dictionaries."""
-    return {key: mean_and_deviation([value[key] for value in values]) for key in values[0]}
-
-
 def describe_decoder(runs: list[dict], split: str) -> dict:
     """The errors of runs that differ in the seed alone."""
     pairs = [pairs_of(run, split) for run in runs]
     described = {
         "seeds": [run["seed"] for run in runs],
-        "kinds": over_seeds([kinds_of_errors(p) for p in pairs]),
-        "by_length": [over_seeds(list(group)) for group in zip(*map(error_by_length, pairs), strict=True)],
+        "kinds": summarise([kinds_of_errors(p) for p in pairs]),
+        "by_length": [summarise(list(group)) for group in zip(*map(error_by_length, pairs), strict=True)],
     }
     fates = [run["new_words"][split] for run in runs]
     if number := sum(fates[0].values()):
         described["new_words"] = number
-        described["fates"] = over_seeds([{fate: n / number for fate, n in f.items()} for f in fates])
+        described["fates"] = summarise([{fate: n / number for fate, n in f.items()} for f in fates])
     return described
 
 

@@ -60,14 +60,18 @@ def run_script(tmp_path):
 def call_main(q2, tmp_path, monkeypatch, capsys):
     """Run hw2-q2.py's main in this process (quicker); returns exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
+    return caller(q2, capsys)
+
+
+def caller(module, capsys):
+    """A function that runs a module's main with some arguments; it returns exit status, stdout and stderr."""
 
     def call(*arguments):
         try:
-            status = q2.main([str(a) for a in arguments])
+            status = module.main([str(a) for a in arguments])
         except SystemExit as stop:
             status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return status, *capsys.readouterr()
 
     return call
 

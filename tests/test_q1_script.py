@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, tree
+from conftest import ROOT, caller, tree
 
 import attention_approx as q1
 
@@ -120,13 +120,9 @@ def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, capsy
     (tmp_path / "foreign.json").write_text('{"features": []}')
     (tmp_path / "file").write_text("mine")
     before = tree(tmp_path)
-    try:
-        status = q1.main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
+    status, _, error = caller(q1, capsys)(*arguments)
     assert status == 2
-    assert captured.err.count("\n") == 1 and message in captured.err
+    assert error.count("\n") == 1 and message in error
     assert tree(tmp_path) == before
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, tree
+from conftest import ROOT, caller, tree
 from scipy import ndimage
 from test_q2_network import forward_in_numpy
 from torch.nn.utils import parameters_to_vector
@@ -30,15 +30,7 @@ def pooling(q2):
 def call(pooling, tmp_path, monkeypatch, capsys):
     """Run main in this process and in an empty folder; returns exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            status = pooling.main([str(a) for a in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+    return caller(pooling, capsys)
 
 
 def make_networks(pooling) -> dict:
