@@ -77,7 +77,7 @@ q3-records: $(READY)  ## question 3: make every record that the README quotes, b
 	$(PAPERMILL) runs/q3/seed43.ipynb $(RECORDED) -p data spoken -p seed 43
 	$(PAPERMILL) runs/q3/seed44.ipynb $(RECORDED) -p data spoken -p seed 44
 	$(PAPERMILL) runs/q3/memorise.ipynb $(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 \
-	    -y '{overrides: {epochs: 120, warmup_steps: 50, dropout: 0.0, average_epochs: 1}}'
+	    -y '{overrides: {epochs: 120, warmup_steps: 50}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
 	$(PAPERMILL) runs/q3/homework.ipynb $(RECORDED) -p data spoken -p preset homework
 	$(BIN)/python report/transcripts.py
@@ -92,12 +92,14 @@ q3-ablations: $(READY)  ## question 3: record runs that each leave out or change
 	$(ABLATED) '{overrides: {scale_positions: false}}'
 	$(ABLATED) '{overrides: {block_form: pre-norm}}'
 	$(ABLATED) '{overrides: {spec_augment: true}}'
+	$(ABLATED) '{overrides: {dropout: 0.1}}'
+	$(ABLATED) '{overrides: {average_epochs: 3}}'
 	$(BIN)/python report/transcripts.py
 
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)
 	@mkdir -p runs/q3
 	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
-	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 6}}' $(ARGS)
+	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12}}' $(ARGS)
 	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where

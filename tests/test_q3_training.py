@@ -65,7 +65,7 @@ def make_tones(folder: Path, splits=SPLITS, seed=0) -> Path:
 def small(**changes):
     """A run of three epochs of three steps, with chance in it: dropout and SpecAugment."""
     training = {"epochs": 3, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3, "average_epochs": 2}
-    chance = {"dropout": 0.1, "spec_augment": True, "guide_weight": 0.3, "guide_share": 0.8, "bucketing": True}
+    chance = {"dropout": 0.1, "spec_augment": True, "guide_weight": 0.3, "bucketing": True}
     return tiny(**({"n_mels": 24} | training | chance | changes))
 
 
