@@ -19,6 +19,7 @@ $(READY): requirements.txt
 q1: $(READY)    ## question 1: tables, curves and figures of attention in linear time (two minutes)
 	$(BIN)/python attention_approx.py $(ARGS)
 	$(BIN)/python report/readme.py
+	$(BIN)/python report/pictures.py
 
 q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms where it cannot be had
 	$(BIN)/python hw2-q2.py $(ARGS)
@@ -115,6 +116,7 @@ readme: $(READY)  ## draw the figures and fill the tables of README.md from resu
 	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1
 	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
 	$(BIN)/python report/readme.py
+	$(BIN)/python report/pictures.py
 
 report: $(READY)  ## draw the report's figures from results/ and typeset report/report.pdf
 	$(BIN)/python report/report.py

@@ -90,10 +90,6 @@ def draw_curves() -> None:
     utils.save_figure(utils.plot_speech_curves(histories, f"{data}, {preset}"), FIGURES / "q3" / "curves")
 
 
-def draw_all() -> None:
+if __name__ == "__main__":
     draw_overview()
     draw_curves()
-
-
-if __name__ == "__main__":
-    draw_all()

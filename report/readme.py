@@ -1,6 +1,6 @@
-"""Fill the generated parts of README.md, and draw its pictures, from the records under results/.
+"""Fill the generated parts of README.md from the records under results/.
 
-python report/readme.py            rewrite README.md, and draw the pictures of report/pictures.py
+python report/readme.py            rewrite README.md
 python report/readme.py --check    exit status 1 if README.md is not what the records say
 
 A generated part stands between <!-- begin NAME --> and <!-- end NAME -->; PARTS names the function that fills it.
@@ -456,9 +456,6 @@ def main() -> int:
             print("README.md is not what the records say: run `make readme`", file=sys.stderr)
         return int(new != old)
     path.write_text(new)
-    import pictures  # here: it imports this file
-
-    pictures.draw_all()
     return 0
 
 
