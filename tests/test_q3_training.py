@@ -209,7 +209,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(folder, tmp_path, dec
     sizes, found = [], []
     objective.register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
     for part in (16, 4):
-        monkeypatch.setattr(nb, "PART", part)
+        monkeypatch.setattr(nb, "MICRO_BATCH", part)
         objective.zero_grad()
         sums = nb.add_gradients(run, accelerator, objective, clips, 123, True)
         found.append((sums, torch.cat([parameter.grad.flatten() for parameter in objective.parameters()])))
@@ -481,7 +481,7 @@ def train_in_two_processes(folder, root, decoder):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     nb.precision = lambda cpu: "no"
-    nb.PART = 1  # gradients are exchanged once a batch, not once a part
+    nb.MICRO_BATCH = 1  # gradients are exchanged once a batch, not once a part
     record_norms(pytest.MonkeyPatch(), root / "norms")
     run = make_run(folder, root, decoder, **DETERMINED)
     debug_launcher(nb.train, (run, True), num_processes=2)
