@@ -1,4 +1,4 @@
-# One target a deed. The first one called makes .venv and installs requirements.txt; later ones install nothing.
+# One target per task. The first one called makes .venv and installs requirements.txt; later ones install nothing.
 # Flags go through ARGS: make q2 ARGS="-no_maxpool -seed 7"
 
 PYTHON ?= python3
@@ -51,6 +51,7 @@ q1-records: $(READY)  ## question 1: make every record that the README quotes
 	$(BIN)/python benchmarks/bench_q1.py -out results/q1-bench.json
 
 q2-records: $(READY)  ## question 2: make every record that the README quotes (REAL=scans.npz)
+	@test -e $(REAL) || { echo "$(REAL) does not exist: say REAL=scans.npz"; exit 1; }
 	$(GRID) -data phantom -out results/q2/phantom-homework
 	$(GRID) -data $(REAL) -out results/q2/real-subset-homework
 	$(GRID) -data $(REAL) -epochs 100 -out results/q2/real-subset-homework-100-epochs
@@ -73,6 +74,7 @@ TEXTS ?= ../shared/data/ljspeech_transcripts.csv
 RECORDED := -p records_dir results/q3 -p extra_clips 150
 
 q3-records: $(READY)  ## question 3: make every record that the README quotes, but for the long run (REAL_SPEECH=LJSpeech-1.1)
+	@test -e $(REAL_SPEECH) || { echo "$(REAL_SPEECH) does not exist: say REAL_SPEECH=path/to/LJSpeech-1.1"; exit 1; }
 	@mkdir -p runs/q3
 	$(PAPERMILL) runs/q3/seed42.ipynb $(RECORDED) -p data spoken -p seed 42
 	$(PAPERMILL) runs/q3/seed43.ipynb $(RECORDED) -p data spoken -p seed 43
@@ -98,6 +100,7 @@ q3-ablations: $(READY)  ## question 3: record runs that each leave out or change
 	$(BIN)/python report/transcripts.py
 
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)
+	@test -e $(TEXTS) || { echo "$(TEXTS) does not exist: say TEXTS=path/to/metadata.csv"; exit 1; }
 	@mkdir -p runs/q3
 	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
 	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12}}' $(ARGS)
@@ -128,7 +131,7 @@ lint: $(READY)  ## ruff: lint and format
 test: lint      ## lint and all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop, Q3 training and decoding (after `make q3`)
+bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop, Q3 training and decoding (after `make q3 ARGS="-p data spoken"`)
 	-$(BIN)/python benchmarks/bench_q1.py
 	-$(BIN)/python benchmarks/bench_q2.py
 	-$(BIN)/python benchmarks/bench_q3.py

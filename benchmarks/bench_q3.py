@@ -12,7 +12,8 @@ Greedy decoding, in seconds for the same clips by the same trained network, whos
 `generate`, which keeps what it has computed and stops at the stop. The course's way: audio padded to 20 s (masked, so
 that the texts are ours), and at each of 98 steps the whole text so far goes through the decoder. Also timed, without a
 bar: the skeleton's LSTM keeps its state, but makes keys and values of the audio anew at every step. The networks are
-those that `make q3` leaves in runs/q3; `-checkpoints` names others, and `-checkpoint_data` what they were trained on.
+those that `make q3` on the spoken corpus leaves in runs/q3; `-checkpoints` names others, and `-checkpoint_data` what
+they were trained on.
 
 All in float32. A ratio compares medians over the rounds. Exit status 1 if one is below its bar, or texts differ.
 """
@@ -255,7 +256,7 @@ def find_checkpoints(cache: utils.FeatureCache) -> list[Path]:
     improved = q3.PRESETS["improved"]
     runs = [q3.Run(d, improved, "improved", SEED, cache.corpus, cache, Path("runs/q3")) for d in NAMES]
     if not all(run.is_finished for run in runs):
-        raise InputError(f"no finished runs on {cache.corpus.name} in runs/q3: run `make q3` first")
+        raise InputError(f"no finished runs on {cache.corpus.name} in runs/q3: run `make q3` on them first")
     return [run.folder / "model.pt" for run in runs]
 
 

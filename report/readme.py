@@ -86,7 +86,7 @@ def q1_cost() -> str:
     return (
         f"**Time:** {duration(record['seconds'])} on one thread of a CPU. **Expect** tables of feature counts and of "
         f"errors with their proven bounds, and curves of time and memory: here Taylor attention was faster than fused "
-        f"softmax attention from a length of {crossovers} on ({link('record', 'q1.json')})."
+        f"softmax attention for sequences longer than {crossovers} ({link('record', 'q1.json')})."
     )
 
 

@@ -102,6 +102,7 @@ TYPED = {
     "0.01": "the homework's statement",
     "54.9 MB": "Zenodo",
     "2.6 GB": "the archive of LJ Speech",
+    "6.6 GB": "utils.LJSPEECH_ARCHIVE and LJSPEECH_UNPACKED",
     "20 seconds": "the course's skeleton",
     "30 minutes": ".github/workflows/test.yml",
 }
@@ -163,7 +164,7 @@ def test_headings_of_the_readme_can_be_told_apart():
 # ---------------------------------------------------------------------------------------------------
 # The README's commands
 
-TOOLS = {".", "cd", "echo", "git", "grep", "jupyter", "mkdir", "pip", "rm", "ruff", "sed", "touch"}
+TOOLS = {".", "cd", "echo", "git", "grep", "jupyter", "mkdir", "pip", "rm", "ruff", "sed", "test", "touch"}
 
 
 def commands() -> list[str]:
