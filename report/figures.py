@@ -8,6 +8,7 @@ from which that font descends.
 
 import json
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -395,10 +396,13 @@ def q3_alignments() -> Figure:
         axes.imshow(weights, aspect="auto", cmap="Greys", vmin=0, extent=extent, interpolation="nearest")
         heard = looked["heard_by_ctc"] or []
         axes.plot(heard, np.arange(len(heard)) + 0.5, ".", color=COLOURS[1], markersize=3.5)
-        rows = [*looked["written"].replace(" ", "_"), "stop"]
-        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=6.5)
+        words = list(re.finditer(r"\S+", looked["written"]))
+        middles = [(word.start() + word.end()) / 2 for word in words]
+        axes.set_yticks([*middles, len(weights) - 0.5], [*(word.group() for word in words), "(stop)"], fontsize=7.5)
+        for word in words[1:]:
+            axes.axhline(word.start() - 0.5, color="#dddddd", linewidth=0.6)  # through the row of the space
         axes.tick_params(axis="y", length=0)
-        axes.set(title=name, xlabel="time (s)", ylabel="character written (_ is the space)")
+        axes.set(title=name, xlabel="time (s)", ylabel="written, character by character")
         axes.grid(False)
     return figure
 
