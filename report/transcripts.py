@@ -134,6 +134,7 @@ def describe_similarities(details: list[dict]) -> dict:
             for kind, pairs in made.items()
         },
         "sentences": len(said),
+        "sentences_of": details[0]["dataset"]["name"],
         "wrong_transcripts": len(wrong),
         "correlation_with_character_error_rate": correlation,
         "farthest_apart": [
