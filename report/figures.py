@@ -240,7 +240,7 @@ def q2_phantoms() -> Figure:
 def q2_rates() -> Figure:
     grid = read(f"q2/{PHANTOMS}/grid.json")
     steps = math.ceil(sum(grid["dataset"]["counts"]["train"]) / grid["config"]["batch_size"])
-    figure, (loss, accuracy, distance) = new_figure(3, height=2.45)
+    figure, (loss, accuracy, distance) = new_figure(3, height=2.2)
     for rate, colour in zip((0.1, 0.01, 0.001), COLOURS, strict=False):
         runs, style = grid_runs(PHANTOMS, rate=rate), {"color": colour, "label": f"rate {rate:g}"}
         draw_histories(loss, runs, "train_loss", **style)
@@ -259,7 +259,7 @@ def q2_rates() -> Figure:
 
 
 def q2_networks() -> Figure:
-    figure, (loss, accuracy, test) = new_figure(3, height=2.45)
+    figure, (loss, accuracy, test) = new_figure(3, height=2.2)
     studies = {"phantoms\n15": PHANTOMS, "real\n15": SUBSET, "real\n100": SUBSET_LONGER}
     for (network, (label, line, marker)), colour in zip(NETWORKS.items(), COLOURS, strict=False):
         runs, style = grid_runs(PHANTOMS, network), {"color": colour, "label": label, "linestyle": line}
@@ -312,7 +312,7 @@ def q2_pooling() -> Figure:
     networks = read(POOLING)["networks"]
     parts = {"train": "training", "val": "validation", "test": "test"}
     shifts = {"1": "1 px", "2_odd": "2 px,\nodd", "2_even": "2 px,\neven"}
-    figure, (loss, fit, changed) = new_figure(3, height=2.45)
+    figure, (loss, fit, changed) = new_figure(3, height=2.2)
     styles = {"max": (COLOURS[0], "-", "o"), "mean": (COLOURS[2], ":", "^"), "stride": (COLOURS[1], "--", "s")}
     for offset, (pool, (colour, line, marker)) in zip((-0.2, 0, 0.2), styles.items(), strict=True):
         runs = networks[pool]["runs"]
@@ -349,7 +349,7 @@ def speech_runs(decoder: str) -> list[tuple[str, dict]]:
 
 
 def q3_curves() -> Figure:
-    figure, (loss, similarity) = new_figure(2, height=2.5)
+    figure, (loss, similarity) = new_figure(2, height=2.25)
     similarities = {"cosine": (":", "cosine"), "jaccard": ("--", "Jaccard")}
     similarities["damerau_levenshtein"] = ("-", "Damerau-Levenshtein")
     for decoder, (name, colour) in DECODERS.items():
@@ -388,7 +388,7 @@ def q3_curves() -> Figure:
 
 
 def q3_alignments() -> Figure:
-    figure, panels = new_figure(2, height=2.9)
+    figure, panels = new_figure(2, height=2.4)
     for axes, (decoder, (name, _)) in zip(panels, DECODERS.items(), strict=True):
         looked = read(f"q3/details/{speech_runs(decoder)[0][0]}")["cross_attention"]
         weights = np.array(looked["weights"])
@@ -414,7 +414,7 @@ def q3_length() -> Figure:
     shown = {"test": small["test"], "new words": small["test_new_words"]} | (
         {"LJ texts": large["test"]} if large else {}
     )
-    figure, panels = new_figure(len(shown), height=2.0)
+    figure, panels = new_figure(len(shown), height=1.75)
     for axes, (title, decoders) in zip(panels, shown.items(), strict=True):
         for decoder, (name, colour) in DECODERS.items():
             bins = decoders[decoder]["by_length"]
