@@ -1170,7 +1170,7 @@ def plot_speech_curves(histories: dict[str, list[dict]], title: str) -> Figure:
         for key, label in SIMILARITIES.items():
             values = [entry["val"][key] for entry in history]
             similarity.plot(epochs, values, color=colour, linestyle=styles[key], label=f"{name}, {label}")
-    loss.set(title=title, xlabel="epoch", ylabel="cross-entropy per character (nats)")
+    loss.set(title=title, xlabel="epoch", ylabel="cross-entropy per token (nats)")
     similarity.set(title="Similarity to the text, validation", xlabel="epoch", ylabel="similarity", ylim=(0, 1.02))
     for axes in (loss, similarity):
         axes.xaxis.get_major_locator().set_params(integer=True)

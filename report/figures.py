@@ -379,7 +379,7 @@ def q3_curves() -> Figure:
                 linestyle=line,
                 label=f"{name}, {label}",
             )
-    loss.set(xlabel="epoch", ylabel="cross-entropy per character (nats)")
+    loss.set(xlabel="epoch", ylabel="cross-entropy per token (nats)")
     similarity.set(xlabel="epoch", ylabel="similarity, validation split", ylim=(0, 1.02))
     for axes in (loss, similarity):
         axes.set_xticks(epochs)

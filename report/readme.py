@@ -389,8 +389,8 @@ def benchmarks() -> str:
     }
     rounds = q1["config"]["rounds"], q2["rounds"], q3["config"]["rounds"]
     rows = [
-        [f"`python benchmarks/bench_q{question}.py`", text, f"{rounds[question - 1]}", link("record", path)]
-        for question, (path, text) in enumerate(found.items(), start=1)
+        [f"`{read(path)['command']}`", text, f"{number}", link("record", path)]
+        for number, (path, text) in zip(rounds, found.items(), strict=True)
     ]
     return table(["command", "ours against the plain way, on one thread of a CPU", "rounds", "record"], rows)
 
