@@ -145,7 +145,7 @@ def test_without_finished_runs_it_says_what_to_do(bench, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         bench.main(["-data", str(folder), "-checkpoint_data", str(folder)])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith("no finished runs on mine in runs/q3: run `make q3` first\n")
+    assert capsys.readouterr().err.endswith("no finished runs on mine in runs/q3: run `make q3` on them first\n")
 
 
 def test_a_checkpoint_of_the_other_decoder_is_refused(bench, tmp_path, capsys):
