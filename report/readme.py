@@ -175,11 +175,11 @@ def q2_cost() -> str:
     grid, default = q2_grid("phantom-homework"), q2_default()
     seconds, share = default["seconds"]["mean"], sum(OCTMNIST_CLASS_COUNTS) / sum(grid["dataset"]["counts"]["train"])
     return (
-        f"**Time:** {duration(seconds)} on phantoms, with a CPU core to itself; OCTMNIST has {share:.1f} times as many "
-        f"training scans: about {duration(share * seconds)}, not measured. The whole question, `make q2-grid`, takes "
-        f"{duration(q2_seconds(grid))} on phantoms, in {grid['jobs']} processes. **Expect** on phantoms a validation "
-        f"accuracy of {spread(default['val_accuracy'])} and a test accuracy of {spread(default['test_accuracy'])} "
-        f"({link('record', 'q2/phantom-homework/grid.json')})."
+        f"**Time:** {duration(seconds)} on phantoms, on one of two busy CPU cores; OCTMNIST has {share:.1f} times as "
+        f"many training scans: about {duration(share * seconds)}, not measured. The whole question, `make q2-grid`, "
+        f"takes {duration(q2_seconds(grid))} on phantoms, in {grid['jobs']} processes. **Expect** on phantoms a "
+        f"validation accuracy of {spread(default['val_accuracy'])} and a test accuracy of "
+        f"{spread(default['test_accuracy'])} ({link('record', 'q2/phantom-homework/grid.json')})."
     )
 
 
