@@ -45,13 +45,15 @@ REAL ?= ../shared/data/oct/kermany_subset.npz
 Q2 := $(BIN)/python hw2-q2.py
 GRID := $(Q2) -grid -seeds 42 43 44 -jobs 2 -resume
 SEEDS := seed42 seed43 seed44
+# $(call needs,VARIABLE,example): what a variable names must be there before hours of work begin.
+needs = @test -e $($(1)) || { echo "$($(1)) does not exist: say $(1)=$(2)"; exit 1; }
 
 q1-records: $(READY)  ## question 1: make every record that the README quotes
 	$(BIN)/python attention_approx.py
 	$(BIN)/python benchmarks/bench_q1.py -out results/q1-bench.json
 
 q2-records: $(READY)  ## question 2: make every record that the README quotes (REAL=scans.npz)
-	@test -e $(REAL) || { echo "$(REAL) does not exist: say REAL=scans.npz"; exit 1; }
+	$(call needs,REAL,scans.npz)
 	$(GRID) -data phantom -out results/q2/phantom-homework
 	$(GRID) -data $(REAL) -out results/q2/real-subset-homework
 	$(GRID) -data $(REAL) -epochs 100 -out results/q2/real-subset-homework-100-epochs
@@ -74,7 +76,7 @@ TEXTS ?= ../shared/data/ljspeech_transcripts.csv
 RECORDED := -p records_dir results/q3 -p extra_clips 150
 
 q3-records: $(READY)  ## question 3: make every record that the README quotes, but for the long run (REAL_SPEECH=LJSpeech-1.1)
-	@test -e $(REAL_SPEECH) || { echo "$(REAL_SPEECH) does not exist: say REAL_SPEECH=path/to/LJSpeech-1.1"; exit 1; }
+	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
 	@mkdir -p runs/q3
 	$(PAPERMILL) runs/q3/seed42.ipynb $(RECORDED) -p data spoken -p seed 42
 	$(PAPERMILL) runs/q3/seed43.ipynb $(RECORDED) -p data spoken -p seed 43
@@ -100,7 +102,7 @@ q3-ablations: $(READY)  ## question 3: record runs that each leave out or change
 	$(BIN)/python report/transcripts.py
 
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)
-	@test -e $(TEXTS) || { echo "$(TEXTS) does not exist: say TEXTS=path/to/metadata.csv"; exit 1; }
+	$(call needs,TEXTS,path/to/metadata.csv)
 	@mkdir -p runs/q3
 	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
 	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12}}' $(ARGS)

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -359,26 +360,11 @@ def q3_curves() -> Figure:
         def values(split, key, histories=histories):
             return np.array([[entry[split][key] for entry in history] for history in histories])
 
-        draw_seeds(
-            loss,
-            epochs,
-            values("train", "loss"),
-            deviation=True,
-            color=colour,
-            linestyle="--",
-            label=f"{name}, training",
-        )
-        draw_seeds(loss, epochs, values("val", "loss"), deviation=True, color=colour, label=f"{name}, validation")
+        draw = partial(draw_seeds, x=epochs, deviation=True, color=colour)
+        draw(loss, curves=values("train", "loss"), linestyle="--", label=f"{name}, training")
+        draw(loss, curves=values("val", "loss"), label=f"{name}, validation")
         for key, (line, label) in similarities.items():
-            draw_seeds(
-                similarity,
-                epochs,
-                values("val", key),
-                deviation=True,
-                color=colour,
-                linestyle=line,
-                label=f"{name}, {label}",
-            )
+            draw(similarity, curves=values("val", key), linestyle=line, label=f"{name}, {label}")
     loss.set(xlabel="epoch", ylabel="cross-entropy per token (nats)")
     similarity.set(xlabel="epoch", ylabel="similarity, validation split", ylim=(0, 1.02))
     for axes in (loss, similarity):
