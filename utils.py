@@ -50,6 +50,10 @@ from offline_data import OCT_CLASSES, SPEECH_RATE
 class InputError(Exception):
     """Input that cannot be used. Its message is one line: what is wrong, and what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: that one line."""
+        return [f"InputError: {self}"]
+
 
 # ---------------------------------------------------------------------------------------------------
 # Seeds and devices

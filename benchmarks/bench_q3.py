@@ -94,7 +94,7 @@ class OurTraining:
 
     def __call__(self) -> float:
         parts = self.accelerator, self.objective, self.optimizer, self.batches
-        return q3.train_epoch(self.run, *parts, epoch=0, quiet=False)["loss"]
+        return q3.train_epoch(self.run, *parts, epoch=0)["loss"]
 
 
 class UnmaskedAttention(q3.MultiHeadAttention):

@@ -93,6 +93,22 @@ def test_overrides_change_their_settings_alone(preset):
         ("improved", {"ctc_weight": 0.0, "guide_weight": 0.1}, "guide_weight"),
         ("improved", {"subsampling": 3}, "3"),
         ("homework", {"block_form": "post-norm"}, "post-norm"),
+        ("improved", '{"epochs": 2}', "-y"),
+        ("improved", {3: 4}, "3"),
+        ("improved", {"epochs": "3"}, "epochs must be a int"),
+        ("improved", {"epochs": 2.5}, "epochs"),
+        ("improved", {"epochs": True}, "epochs"),
+        ("improved", {"width": None}, "width"),
+        ("improved", {"bucketing": "false"}, "bucketing"),
+        ("improved", {"learning_rate": None}, "learning_rate"),
+        ("improved", {"learning_rate": float("nan")}, "learning_rate"),
+        ("improved", {"betas": 0.9}, "betas"),
+        ("improved", {"betas": [0.9]}, "betas"),
+        ("improved", {"heads": 0}, "heads"),
+        ("improved", {"max_characters": 0}, "max_characters"),
+        ("improved", {"dropout": 2}, "dropout"),
+        ("improved", {"ctc_weight": 1.5}, "ctc_weight"),
+        ("improved", {"warmup_steps": -1}, "warmup_steps"),
     ],
 )
 def test_settings_that_do_not_exist_are_named_in_one_line(preset, overrides, named):
@@ -107,6 +123,7 @@ def test_the_homework_preset_is_what_the_statement_prescribes():
     assert (homework.max_characters, homework.label_smoothing, homework.learning_rate) == (97, 0.1, 1e-3)
     assert (homework.epochs, homework.batch_size, homework.block_form) == (15, 64, "statement")
     assert (homework.ctc_weight, homework.guide_weight, homework.average_epochs) == (0.0, 0.0, 1)
+    assert (homework.betas, homework.dropout, homework.spec_augment) == ((0.9, 0.999), 0.0, False)
     for decoder in ("lstm", "transformer"):
         model = nb.SpeechToText(decoder, homework)
         shapes = [(c.kernel_size, c.padding, c.stride, c.out_channels) for c in model.encoder.convolutions]
@@ -1104,30 +1121,59 @@ def test_the_learning_rate_warms_up_and_falls_to_two_percent():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 3000), st.floats(0.5, 3.0), st.integers(0, 9))
-def test_the_pieces_of_a_recording_cover_it_and_none_is_too_long(count, longest, seed):
+@given(st.integers(1, 3000), st.floats(0.5, 3.0), st.integers(0, 9))
+def test_the_pieces_of_a_recording_without_pauses_cover_it_and_none_is_too_long(count, longest, seed):
     rate = 200
     samples = np.random.default_rng(seed).uniform(-1, 1, count).astype(np.float32)
     pieces = nb.split_at_silences(samples, rate, longest)
     assert pieces[0][0] == 0 and pieces[-1][1] == count
     assert all(end == first for (_, end), (first, _) in itertools.pairwise(pieces))
-    assert all(0 < end - first <= longest * rate for first, end in pieces) or count == 0
+    assert all(0 < end - first <= longest * rate for first, end in pieces)
+
+
+def in_a_row(parts, rate, noise):
+    """Loud noise and pauses by turns, in seconds, over weak noise; first and last sample of what is loud."""
+    rng = np.random.default_rng(0)
+    counts = [int(seconds * rate) for seconds in parts]
+    ends = np.cumsum(counts)
+    samples = rng.normal(0, noise, ends[-1])
+    loud = [(end - count, end) for end, count in zip(ends[::2], counts[::2], strict=True)]
+    for first, last in loud:
+        samples[first:last] += rng.normal(0, 0.2, last - first)
+    return samples.astype(np.float32), loud
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 2e-3])
+@pytest.mark.parametrize("rate", [8_000, 22_050])
+def test_a_recording_is_cut_at_its_pauses_and_only_there(rate, noise):
+    samples, loud = in_a_row((3.1, 0.5, 2.7, 0.35, 4.4, 0.2, 0.1, 1.0, 0.05, 0.6, 2.2), rate, noise)
+    pieces = nb.split_at_silences(samples, rate, 10.0)
+    expected = [loud[0], loud[1], (loud[2][0], loud[3][1]), loud[4], loud[5]]  # a fifth of a second is no pause
+    margin = 0.1 * rate
+    assert len(pieces) == len(expected)
+    for (first, last), (began, ended) in zip(pieces, expected, strict=True):
+        assert first <= began and last >= ended  # nothing said is lost
+        for kept in (began - first, last - ended):
+            assert kept == 0 or 0.7 * margin < kept < 1.3 * margin
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050])
-def test_cuts_fall_into_silences(rate):
-    rng = np.random.default_rng(0)
-    parts, silences, place = [], [], 0
-    for seconds in (3.1, 2.7, 4.4, 3.6, 2.2, 3.9, 4.8, 3.3):
-        parts += [rng.normal(0, 0.2, int(seconds * rate)), rng.normal(0, 1e-4, int(0.3 * rate))]
-        place += len(parts[-2])
-        silences.append((place, place + len(parts[-1])))
-        place = silences[-1][1]
-    samples = np.concatenate(parts).astype(np.float32)
+def test_long_silence_before_and_after_is_left_out(rate):
+    samples, _ = in_a_row((1.5,), rate, 1e-4)
+    silence = np.random.default_rng(1).normal(0, 1e-4, 3 * rate).astype(np.float32)
+    ((first, last),) = nb.split_at_silences(np.concatenate([silence, samples, silence]), rate)
+    assert 0 <= 3 * rate - first < 0.12 * rate and 0 <= last - 4.5 * rate < 0.12 * rate
+    assert nb.split_at_silences(np.zeros(rate, np.float32), rate) == []
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050])
+def test_what_is_long_without_a_pause_is_cut_where_it_is_quietest(rate):
+    parts = [part for seconds in (3.1, 2.7, 4.4, 3.6, 2.2, 3.9, 4.8) for part in (seconds, 0.2)]
+    samples, loud = in_a_row((*parts, 3.3), rate, 1e-4)
     pieces = nb.split_at_silences(samples, rate, 10.0)
     assert len(pieces) > 3
     for _, cut in pieces[:-1]:
-        assert any(first <= cut <= end for first, end in silences), cut / rate
+        assert any(end <= cut <= first for (_, end), (first, _) in itertools.pairwise(loud)), cut / rate
 
 
 # ---------------------------------------------------------------------------------------------------

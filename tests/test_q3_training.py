@@ -11,6 +11,7 @@ import signal
 from itertools import cycle
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import papermill.cli
@@ -473,6 +474,52 @@ def test_a_damaged_checkpoint_is_named_in_one_line(folder, interrupted, tmp_path
     assert str(run.folder) in message and "delete the folder" in message and "\n" not in message
 
 
+@pytest.mark.parametrize("damage", [*list(DAMAGES)[:3], "progress has no history"])
+def test_damaged_progress_is_named_where_both_decoders_train_at_once(folder, interrupted, tmp_path, damage):
+    run = make_run(folder, tmp_path / "runs")
+    shutil.copytree(interrupted, tmp_path / "runs")
+    if damage in DAMAGES:
+        DAMAGES[damage](run)
+    else:
+        (run.folder / "progress.json").write_text('{"checkpoint": "checkpoint-001"}')
+    with pytest.raises(InputError) as error:
+        nb.train_at_once([run])
+    message = str(error.value)
+    assert str(run.folder) in message and "delete the folder" in message and "\n" not in message
+
+
+def test_a_second_process_does_not_train_the_same_run(folder, interrupted, tmp_path):
+    run = make_run(folder, tmp_path / "runs")
+    shutil.copytree(interrupted, tmp_path / "runs")
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with run.lock(), pytest.raises(InputError) as error:
+        train(run)
+    assert str(run.folder) in str(error.value) and "another process" in str(error.value)
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    train(run)
+    assert run.is_finished
+
+
+def watched_by_a_process_that_is_gone(folder, root):
+    run = make_run(folder, root)
+    nb.precision = lambda cpu: "no"
+    nb.train(run, True, watcher=os.getppid() + 1)
+
+
+def test_training_stops_when_the_notebook_that_started_it_is_gone(folder, tmp_path):
+    assert in_a_child(watched_by_a_process_that_is_gone, folder, tmp_path) == 1
+    assert not list(make_run(folder, tmp_path).folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("guide_weight", [0.0, 0.3])
+def test_a_loss_that_diverges_is_said_in_one_line(folder, tmp_path, guide_weight):
+    run = make_run(folder, tmp_path, learning_rate=1e30, warmup_steps=0, clip_norm=None, guide_weight=guide_weight)
+    with pytest.raises(InputError) as error:
+        train(run)
+    assert "try a lower learning_rate" in str(error.value) and "\n" not in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Several processes, bfloat16
 
@@ -505,6 +552,13 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path, decoder, monkeypa
     expected = weights(one)
     for name, value in weights(two).items():
         close(value, expected[name], atol=1e-3)
+
+
+def test_more_processes_than_a_batch_has_clips_are_refused(folder, tmp_path, monkeypatch):
+    run = make_run(folder, tmp_path, batch_size=5)  # twelve clips make batches of four
+    monkeypatch.setattr(nb, "Accelerator", lambda **options: SimpleNamespace(num_processes=5, is_main_process=True))
+    with pytest.raises(InputError, match="5 processes cannot share a batch of 4 clips"):
+        nb.train(run, True)
 
 
 def train_in_bfloat16(folder, root):
@@ -655,6 +709,20 @@ def test_recordings_of_any_kind_are_transcribed(learned, tmp_path, kind, monkeyp
         heard.clear()
         assert audio.shape[1] == pytest.approx(learned.cache.frames(clip), abs=1) and audio.shape[2] == 24
     assert right == 4 or kind == "telephone"  # where the upper half of the spectrum is missing
+
+
+def test_sentences_in_a_row_are_transcribed_one_by_one(folder, tmp_path, monkeypatch):
+    model, cache = network("lstm"), features(folder, small())
+    pieces = []
+    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5 + len(pieces)]])
+    clips = cache.clips("train")
+    pause = np.zeros(RATE // 2, np.float32)
+    parts = [part for clip in clips for part in (utils.read_wav(clip.path, RATE)[0], pause)]
+    soundfile.write(tmp_path / "row.wav", np.concatenate(parts), RATE)
+    expected = " ".join(nb.TokenVectorizer.TOKENS[6 + i] for i in range(len(clips)))
+    assert nb.transcript_of(tmp_path / "row.wav", model, 1.5) == expected
+    for frames, clip in zip(pieces, clips, strict=True):
+        assert abs(frames - cache.frames(clip)) <= 11  # hundredths of a second: the pause's own tenth
 
 
 def test_ten_minutes_are_transcribed_in_pieces_and_silent_ones_passed_over(tmp_path, monkeypatch):
