@@ -17,9 +17,7 @@ $(READY): requirements.txt
 	@touch $@
 
 q1: $(READY)    ## question 1: tables, curves and figures of attention in linear time (two minutes)
-	$(BIN)/python attention_approx.py $(ARGS)
-	$(BIN)/python report/readme.py
-	$(BIN)/python report/pictures.py
+	$(BIN)/python attention_approx.py -out runs/q1/record.json $(ARGS)
 
 q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms where it cannot be had
 	$(BIN)/python hw2-q2.py $(ARGS)

@@ -327,6 +327,11 @@ def test_make_records_makes_them_in_order():
     assert "-resume" in text and "records_dir results/q3" in text
 
 
+def test_the_first_commands_leave_the_records_and_pictures_alone():
+    text = dry_run("q1", "q2", "q3", "ARGS=").stdout
+    assert "attention_approx.py -out runs/" in text and "results" not in text and "report/" not in text
+
+
 def test_requirements_are_pinned_and_say_who_needs_them():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     for line in lines:
