@@ -132,9 +132,10 @@ test: lint      ## lint and all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop, Q3 training and decoding (after `make q3 ARGS="-p data spoken"`)
-	-$(BIN)/python benchmarks/bench_q1.py
-	-$(BIN)/python benchmarks/bench_q2.py
-	-$(BIN)/python benchmarks/bench_q3.py
+	$(MAKE) --keep-going -j1 bench-q1 bench-q2 bench-q3
+
+bench-%: $(READY)
+	$(BIN)/python benchmarks/bench_$*.py
 
 clean:          ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
