@@ -17,9 +17,7 @@ $(READY): requirements.txt
 	@touch $@
 
 q1: $(READY)    ## question 1: tables, curves and figures of attention in linear time (two minutes)
-	$(BIN)/python attention_approx.py $(ARGS)
-	$(BIN)/python report/readme.py
-	$(BIN)/python report/pictures.py
+	$(BIN)/python attention_approx.py -out runs/q1/record.json $(ARGS)
 
 q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms where it cannot be had
 	$(BIN)/python hw2-q2.py $(ARGS)
@@ -134,9 +132,10 @@ test: lint      ## lint and all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop, Q3 training and decoding (after `make q3 ARGS="-p data spoken"`)
-	-$(BIN)/python benchmarks/bench_q1.py
-	-$(BIN)/python benchmarks/bench_q2.py
-	-$(BIN)/python benchmarks/bench_q3.py
+	$(MAKE) --keep-going -j1 bench-q1 bench-q2 bench-q3
+
+bench-%: $(READY)
+	$(BIN)/python benchmarks/bench_$*.py
 
 clean:          ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

@@ -133,6 +133,7 @@ Q2_TRANSFERS = {  # record under results/q2 -> what the README calls it
     "phantom-to-real-homework-lr0.1": "homework, rate 0.1 (chosen above)",
     "phantom-to-real-strong": "strong, default rate 0.003",
 }
+Q2_POOLING = ("q2/pooling-phantom.json", "q2/pooling-kermany_subset.json")
 Q2_COMPARED = {  # trained on, tested on -> the records of the homework's recipe and of the strong one
     ("phantoms", "phantoms"): ("phantom-homework/grid.json", "phantom-strong/grid.json"),
     ("real subset", "real subset"): (
@@ -183,9 +184,9 @@ def q2_cost() -> str:
     )
 
 
-def q2_seconds(grid: dict) -> float:
-    """What a grid takes from start to end; one that was resumed knows only what its runs took."""
-    return grid["wall_seconds"] or grid["seconds"] / grid["jobs"]
+def q2_seconds(study: dict) -> float:
+    """What a grid takes from start to end; one that was resumed, and pooling, know only what their runs took."""
+    return study.get("wall_seconds") or study["seconds"] / study["jobs"]
 
 
 def q2_runs() -> str:
@@ -363,11 +364,12 @@ def results() -> str:
 
 def cost() -> str:
     record, speech = read("q1.json"), next(iter(q3_pairs(RESULT).values()))
-    seconds = record["seconds"] + q2_default()["seconds"]["mean"] + q3_seconds(speech)
     return (
-        f"Without a network and without a GPU that takes about {duration(seconds)} on {record['hardware']['cpus']} CPU "
-        f"cores, besides the installation and the making of data ({record['hardware']['machine']}, Python "
-        f"{record['versions']['python']}, PyTorch {record['versions']['torch'].split('+')[0]})."
+        f"Recorded without a network and without a GPU, on {record['hardware']['cpus']} CPU cores: "
+        f"{duration(record['seconds'])} for question 1, {duration(q2_default()['seconds']['mean'])} of training for "
+        f"question 2, {duration(q3_seconds(speech))} of training for question 3 ({record['hardware']['machine']}, "
+        f"Python {record['versions']['python']}, PyTorch {record['versions']['torch'].split('+')[0]}). The "
+        f"installation, the making of data, scoring and drawing come on top."
     )
 
 
@@ -389,7 +391,8 @@ def benchmarks() -> str:
     }
     rounds = q1["config"]["rounds"], q2["rounds"], q3["config"]["rounds"]
     rows = [
-        [f"`{read(path)['command']}`", text, f"{number}", link("record", path)]
+        # Real speech lies elsewhere for everyone.
+        [f"`{read(path)['command'].replace('../shared/data', 'path/to')}`", text, f"{number}", link("record", path)]
         for number, (path, text) in zip(rounds, found.items(), strict=True)
     ]
     return table(["command", "ours against the plain way, on one thread of a CPU", "rounds", "record"], rows)
@@ -401,10 +404,14 @@ def records() -> str:
     for rows in q3_pairs(RESULT, CHANGE, BY_HEART).values():
         target = LJ_TEXTS if rows[0]["dataset"] == LJ_TEXTS else rows[0]["role"]
         trained[target] += q3_seconds(rows) * len(rows[0]["seeds"])
-    q2 = sum(q2_seconds(q2_grid(folder)) for folder in Q2_GRIDS)
+    studies = [f"q2/{folder}/grid.json" for folder in Q2_GRIDS] + [*Q2_POOLING]
+    q2 = sum(q2_seconds(read(path)) for path in studies)
     targets = {
         "make q1-records": ("question 1", read("q1.json")["seconds"]),
-        "make q2-records REAL=scans.npz": ("question 2: all grids, and phantom networks on real scans", q2),
+        "make q2-records REAL=scans.npz": (
+            "question 2: all grids, phantom networks on real scans, ways of pooling",
+            q2,
+        ),
         "make q3-records REAL_SPEECH=LJSpeech-1.1": (
             "question 3: three seeds, real clips learnt by heart, the preset homework",
             trained[RESULT] + trained[BY_HEART],
@@ -412,9 +419,10 @@ def records() -> str:
         "make q3-ablations": ("question 3: changed settings", trained[CHANGE]),
         "make q3-lj-text TEXTS=metadata.csv": ("question 3 on all texts of LJ Speech, spoken", trained[LJ_TEXTS]),
     }
-    rows = [
-        [f"`{name}`", what, duration(time) if time else "not recorded yet"] for name, (what, time) in targets.items()
-    ]
+    rows = []
+    for name, (what, time) in targets.items():
+        took = duration(time) if time else "not recorded yet"
+        rows.append([f"`{name}`", what, took + (" of training" if time and "q3" in name else "")])
     return table(["command", "what it records", "time on two cores, as far as recorded, without benchmarks"], rows)
 
 

@@ -174,11 +174,15 @@ def commands() -> list[str]:
     return list(dict.fromkeys(part.strip() for line in lines for part in line.split("&&")))
 
 
+def make(*words: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")}
+    command = ["make", "--no-print-directory", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 def dry_run(*words: str) -> subprocess.CompletedProcess:
     """What make would do."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")}
-    command = ["make", "--no-print-directory", "-n", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return make("-n", *words)
 
 
 def check_command(command: str, notebook) -> None:
@@ -325,6 +329,22 @@ def test_make_records_makes_them_in_order():
     ]
     assert places == sorted(places)
     assert "-resume" in text and "records_dir results/q3" in text
+
+
+def test_the_first_commands_leave_the_records_and_pictures_alone():
+    text = dry_run("q1", "q2", "q3", "ARGS=").stdout
+    assert "attention_approx.py -out runs/" in text and "results" not in text and "report/" not in text
+
+
+@pytest.mark.parametrize(("broken", "status"), [("", 0), ("benchmarks/bench_q1.py", 2), ("benchmarks/bench_q3.py", 2)])
+def test_make_bench_runs_all_and_fails_where_one_does(tmp_path, broken, status):
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$1" >> {called}\ntest "$1" != "{broken}"\n')
+    python.chmod(0o755)
+    (tmp_path / "ready").touch()
+    done = make("bench", f"BIN={tmp_path}", f"READY={tmp_path / 'ready'}")
+    assert done.returncode == status, done.stderr
+    assert called.read_text().split() == [f"benchmarks/bench_q{question}.py" for question in (1, 2, 3)]
 
 
 def test_requirements_are_pinned_and_say_who_needs_them():
