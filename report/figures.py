@@ -108,7 +108,7 @@ def draw_forms(axes, curve: dict, quantity: str) -> None:
 def q1_time() -> Figure:
     curves = read("q1.json")["costs"]
     figure, panels = new_figure(len(curves), height=2.3)
-    guides = {16: ((512, 2048), 16), 64: ((400, 1200), 0.11)}  # D -> where there is room for a slope of 2
+    guides = {16: ((640, 1600), 130), 64: ((400, 1200), 0.11)}  # D -> where there is room for a slope of 2
     for axes, curve in zip(panels, curves, strict=True):
         draw_forms(axes, curve, "ms")
         set_ticks(axes.yaxis, [0.1, 1, 10, 100, 1000])
@@ -143,7 +143,7 @@ def q1_memory_and_crossover() -> Figure:
         places = [[row[name] for row in rows] for name in ("features", "measured")]
         crossover.plot(*places, mark, color=COLOURS[2], label=label)
     places = [(features[c["dim"], c["num_terms"]], c["crossover"]) for c in curves]
-    crossover.plot(*zip(*places, strict=True), "ks", label="against fused softmax, K = 3")
+    crossover.plot(*zip(*places, strict=True), "ks", mfc="none", markersize=5.5, label="against fused softmax, K = 3")
     for axis in (crossover.xaxis, crossover.yaxis):
         set_ticks(axis, [100, 1000])
     crossover.set(xlim=limits, ylim=limits, xlabel="features M", ylabel="crossover length (tokens)")
@@ -319,17 +319,17 @@ def q2_pooling() -> Figure:
         runs = networks[pool]["runs"]
         epochs, curves = runs[0]["history"]["epoch"], [run["history"]["train_loss"] for run in runs]
         draw_seeds(loss, epochs, curves, color=colour, linestyle=line, label=pool)
-        for run in runs:
+        for run, aside in zip(runs, (-0.06, 0, 0.06), strict=True):  # marks of like scores side by side
             scores = [run["measures"][part]["balanced_accuracy"] for part in parts]
             changes = [run["measures"]["shifts"][shift]["changed"] for shift in shifts]
             for axes, values in ((fit, scores), (changed, changes)):
-                axes.plot(np.arange(3) + offset, values, marker, color=colour, mfc="none")
+                axes.plot(np.arange(3) + offset + aside, values, marker, color=colour, mfc="none")
     loss_axis(loss)
     epoch_axis(loss)
     share_axis(fit, "balanced accuracy (%)")
     fit.set_xticks(range(3), parts.values())
     share_axis(changed, "predictions changed (%)")
-    changed.set(ylim=(0, None), xlabel="shift of the scan")
+    changed.set(ylim=(0, 0.4), xlabel="shift of the scan")
     changed.set_xticks(range(3), shifts.values())
     figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=len(styles))
     return figure
