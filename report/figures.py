@@ -108,7 +108,7 @@ def draw_forms(axes, curve: dict, quantity: str) -> None:
 def q1_time() -> Figure:
     curves = read("q1.json")["costs"]
     figure, panels = new_figure(len(curves), height=2.3)
-    guides = {16: ((512, 2048), 16), 64: ((400, 1200), 0.11)}  # D -> where there is room for a slope of 2
+    guides = {16: ((640, 1600), 130), 64: ((400, 1200), 0.11)}  # D -> where there is room for a slope of 2
     for axes, curve in zip(panels, curves, strict=True):
         draw_forms(axes, curve, "ms")
         set_ticks(axes.yaxis, [0.1, 1, 10, 100, 1000])
@@ -143,7 +143,7 @@ def q1_memory_and_crossover() -> Figure:
         places = [[row[name] for row in rows] for name in ("features", "measured")]
         crossover.plot(*places, mark, color=COLOURS[2], label=label)
     places = [(features[c["dim"], c["num_terms"]], c["crossover"]) for c in curves]
-    crossover.plot(*zip(*places, strict=True), "ks", label="against fused softmax, K = 3")
+    crossover.plot(*zip(*places, strict=True), "ks", mfc="none", markersize=5.5, label="against fused softmax, K = 3")
     for axis in (crossover.xaxis, crossover.yaxis):
         set_ticks(axis, [100, 1000])
     crossover.set(xlim=limits, ylim=limits, xlabel="features M", ylabel="crossover length (tokens)")
@@ -211,10 +211,10 @@ def draw_histories(axes, runs: list[dict], name: str, x=None, **style) -> None:
     draw_seeds(axes, epochs if x is None else x, [[e[name] for e in run["history"]] for run in runs], **style)
 
 
-def share_axis(axes, label: str, low: float = 0) -> None:
+def share_axis(axes, label: str, low: float = 0, high: float = 1) -> None:
     """A vertical axis of shares, in per cent."""
-    axes.set(ylim=(low, 1), ylabel=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.set(ylim=(low, high), ylabel=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
 
 
 def loss_axis(axes) -> None:
@@ -319,17 +319,17 @@ def q2_pooling() -> Figure:
         runs = networks[pool]["runs"]
         epochs, curves = runs[0]["history"]["epoch"], [run["history"]["train_loss"] for run in runs]
         draw_seeds(loss, epochs, curves, color=colour, linestyle=line, label=pool)
-        for run in runs:
+        for run, aside in zip(runs, np.linspace(-0.06, 0.06, len(runs)), strict=True):  # seeds side by side
             scores = [run["measures"][part]["balanced_accuracy"] for part in parts]
             changes = [run["measures"]["shifts"][shift]["changed"] for shift in shifts]
             for axes, values in ((fit, scores), (changed, changes)):
-                axes.plot(np.arange(3) + offset, values, marker, color=colour, mfc="none")
+                axes.plot(np.arange(3) + offset + aside, values, marker, color=colour, mfc="none")
     loss_axis(loss)
     epoch_axis(loss)
     share_axis(fit, "balanced accuracy (%)")
     fit.set_xticks(range(3), parts.values())
-    share_axis(changed, "predictions changed (%)")
-    changed.set(ylim=(0, None), xlabel="shift of the scan")
+    share_axis(changed, "predictions changed (%)", high=0.4)
+    changed.set(xlabel="shift of the scan")
     changed.set_xticks(range(3), shifts.values())
     figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=len(styles))
     return figure
@@ -350,7 +350,7 @@ def speech_runs(decoder: str) -> list[tuple[str, dict]]:
 
 
 def q3_curves() -> Figure:
-    figure, (loss, similarity) = new_figure(2, height=2.25)
+    figure, (loss, similarity) = new_figure(2, height=2.1)
     similarities = {"cosine": (":", "cosine"), "jaccard": ("--", "Jaccard")}
     similarities["damerau_levenshtein"] = ("-", "Damerau-Levenshtein")
     for decoder, (name, colour) in DECODERS.items():
@@ -374,7 +374,7 @@ def q3_curves() -> Figure:
 
 
 def q3_alignments() -> Figure:
-    figure, panels = new_figure(2, height=2.4)
+    figure, panels = new_figure(2, height=2.05)
     for axes, (decoder, (name, _)) in zip(panels, DECODERS.items(), strict=True):
         looked = read(f"q3/details/{speech_runs(decoder)[0][0]}")["cross_attention"]
         weights = np.array(looked["weights"])
@@ -400,7 +400,7 @@ def q3_length() -> Figure:
     shown = {"test": small["test"], "new words": small["test_new_words"]} | (
         {"LJ texts": large["test"]} if large else {}
     )
-    figure, panels = new_figure(len(shown), height=1.75)
+    figure, panels = new_figure(len(shown), height=1.65)
     for axes, (title, decoders) in zip(panels, shown.items(), strict=True):
         for decoder, (name, colour) in DECODERS.items():
             bins = decoders[decoder]["by_length"]
