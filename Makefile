@@ -82,7 +82,9 @@ q3-records: $(READY)  ## question 3: make every record that the README quotes, b
 	$(PAPERMILL) runs/q3/memorise.ipynb $(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 \
 	    -y '{overrides: {epochs: 120, warmup_steps: 50}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
-	$(PAPERMILL) runs/q3/homework.ipynb $(RECORDED) -p data spoken -p preset homework
+	$(PAPERMILL) runs/q3/homework42.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 42
+	$(PAPERMILL) runs/q3/homework43.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 43
+	$(PAPERMILL) runs/q3/homework44.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 44
 	$(BIN)/python report/transcripts.py
 
 # One run of each, to compare with seed 42: what the parts of the preset `improved` are worth.
