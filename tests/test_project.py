@@ -1,6 +1,7 @@
 """The repository itself: README, requirements, Makefile."""
 
 import ast
+import fnmatch
 import importlib
 import importlib.util
 import json
@@ -8,8 +9,12 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -92,11 +97,17 @@ def test_the_readme_sorts_the_records_of_question_3(tmp_path):
     assert "not recorded yet" not in section(text, "records")
 
 
-# Decimals and quantities that may be typed, with their source; all others are measured, so they must be generated.
+# Quantities that are typed, with their source; all others are measured, so they must be generated.
 TYPED = {
     **dict.fromkeys([".8724", ".8576"], "the homework's original authors"),
     **dict.fromkeys([".715", ".832", ".509", ".765", ".866", ".634"], "the course's own solution of question 3"),
     **dict.fromkeys([".743", ".943", ".762", ".952", ".771", ".963"], "MedMNIST v2"),
+    **dict.fromkeys(["8,192", "1,024"], "settings of question 1's benchmark and record"),
+    "109,309": "MedMNIST v2",
+    "1,395": "the scans at hand, as counted in results/q2",
+    "13,100": "LJ Speech",
+    "22,050": "LJ Speech",
+    "16,000": "the course's skeleton",
     "3.11": "pyproject.toml",
     "4.0": "the licence's name",
     "0.01": "the homework's statement",
@@ -108,12 +119,33 @@ TYPED = {
 }
 
 
+QUANTITY = re.compile(
+    r"(?<![\w.,])(?:\d+(?:,\d{3})*(?:\.\d+)? ?(?:[MG]i?B\b|seconds?\b|minutes?\b|hours?\b|times\b|%|×)"
+    r"|\d{1,3}(?:,\d{3})+|\d*\.\d+)|\blength \d+"
+)
+
+
 def test_measured_numbers_of_the_readme_are_generated():
     typed = re.sub(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->|`[^`]+`|\]\([^)]*\)", " ", PROSE, flags=re.DOTALL)
-    found = re.findall(
-        r"(?<![\w.])\d*\.?\d+ (?:[MG]i?B|seconds?|minutes?|hours?)\b|(?<![\w.])\d*\.\d+(?! [MG]B)", typed
-    )
-    assert set(found) <= set(TYPED), set(found) - set(TYPED)
+    assert set(QUANTITY.findall(typed)) == set(TYPED)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.37 of it",
+        "12 minutes",
+        "16 MiB",
+        "16 times faster",
+        "98 % accuracy",
+        "3%",
+        "length 983",
+        "2,898 on",
+        "3× faster",
+    ],
+)
+def test_measured_numbers_are_noticed(text):
+    assert QUANTITY.search(text)
     assert "timeout-minutes: 30" in (ROOT / ".github" / "workflows" / "test.yml").read_text()
 
 
@@ -128,7 +160,7 @@ def anchors() -> list[str]:
 
 
 def check_link(target: str) -> None:
-    """A file or folder that git knows, a heading of the README, or an address that a browser can open."""
+    """A file or folder that git knows, a heading of the README, or an address of the form that a browser can open."""
     if ":" in target:
         url = urlsplit(target)
         assert url.scheme == "https" and re.fullmatch(r"[\w-]+(\.[\w-]+)+", url.netloc), target
@@ -155,6 +187,28 @@ def test_links_of_the_readme_lead_somewhere(target):
 def test_dead_links_are_noticed(target):
     with pytest.raises(AssertionError):
         check_link(target)
+
+
+def answer(url: str) -> int | str | None:
+    """The status that a server answers, "unknown host", or None where there is no answer."""
+    head = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "Mozilla/5.0"})
+    try:
+        with urllib.request.urlopen(head, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError as error:
+        return "unknown host" if isinstance(getattr(error, "reason", None), socket.gaierror) else None
+
+
+def test_addresses_of_the_readme_answer():
+    """A server that is down, or refuses programs (403, 405, 429), says nothing about a page."""
+    urls = sorted({url for url in map("".join, LINKS) if url.startswith("https:")})
+    with ThreadPoolExecutor(len(urls)) as pool:
+        answers = dict(zip(urls, pool.map(answer, urls), strict=True))
+    if not any(isinstance(found, int) for found in answers.values()):
+        pytest.skip("no network: none of the README's addresses answers")
+    assert not {url: found for url, found in answers.items() if found in (404, 410, "unknown host")}
 
 
 def test_headings_of_the_readme_can_be_told_apart():
@@ -353,14 +407,43 @@ def test_requirements_are_pinned_and_say_who_needs_them():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+ +# (Q[123](, Q[123])*|tests|lint[a-z ]*)\b.*", line), line
 
 
-def test_every_record_tells_where_it_comes_from():
-    records = sorted(p for p in (ROOT / "results").rglob("*.json") if p.name != "settings.json")
-    assert len(records) > 10
-    for path in records:
-        record = json.loads(path.read_text())
-        for key in ("command", "versions", "git", "date"):
-            assert key in record, (path, key)
-        assert record["git"]["clean"], path
+RECORDS = {
+    path.relative_to(ROOT / "results").as_posix(): json.loads(path.read_text())
+    for path in sorted((ROOT / "results").rglob("*.json"))
+    if path.name != "settings.json"  # what a run that resumes is compared with
+}
+ORIGIN = {"command", "versions", "git", "date"}
+EVERY_RUN = ORIGIN | {"config", "dataset", "history", "seed", "seconds", "device", "threads"}
+LACKING = {  # records that are no training of one network, and what they have no use for
+    "q1.json": {"history"},  # nothing is trained
+    "*bench.json": {"history", "seed", "seconds"},  # of speed: what they time is seeded in their code, rounds are told
+    "q2/*/grid.json": {"history", "seed"},  # `seeds`; the history is in the record of each run beside it
+    "q2/pooling-*.json": {"history", "seed"},  # `seeds`; a history for each network and seed
+    "q2/phantom-to-real-*.json": {"config", "history", "seed"},  # `checkpoints` names the runs that are scored
+    "q3/details/*.json": {"history", "seconds", "device", "threads"},  # in the run's record of the same name
+    "q3/analysis.json": EVERY_RUN - ORIGIN,  # counts what q3/details holds
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_record_tells_where_it_comes_from(name):
+    record = RECORDS[name]
+    patterns = [pattern for pattern in LACKING if fnmatch.fnmatchcase(name, pattern)]
+    assert EVERY_RUN - record.keys() == set().union(*(LACKING[pattern] for pattern in patterns))
+    assert {"python", "torch", "numpy"} <= record["versions"].keys() and record["git"]["clean"] is True
+    if not patterns:
+        assert {"name", "kind", "counts", "sha256"} <= record["dataset"].keys() and record["history"]
+
+
+def test_every_record_was_made_by_a_commit_of_this_history():
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.split()
+
+    if git("rev-parse", "--is-shallow-repository") != ["false"]:
+        pytest.skip("no git history, or a part of it only")
+    commits = {record["git"]["commit"] for record in RECORDS.values()}
+    assert commits and commits <= set(git("rev-list", "HEAD"))
 
 
 def test_a_second_make_installs_nothing():

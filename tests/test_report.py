@@ -1,18 +1,23 @@
 """The report: current, of the stated length, its figures and its analysis what the records give."""
 
+import base64
+import io
 import json
 import re
 import subprocess
 import sys
 
+import matplotlib.image
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "report"))
 
 import figures
+import pictures
 import transcripts
 
+import attention_approx
 import report
 
 
@@ -38,10 +43,21 @@ def test_the_report_has_eight_to_fourteen_pages():
 
 
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+IMAGE = re.compile(r"data:image/png;base64,([\w+/=\s]+)")
+
+
+def assert_same_pixels(ours, expected, name):
+    """Two PNG files of the same size; a few pixels may differ between kinds of CPU."""
+    ours, expected = matplotlib.image.imread(ours), matplotlib.image.imread(expected)
+    assert ours.shape == expected.shape, name
+    assert (abs(ours - expected) > 0.1).mean() < 1e-4, name
 
 
 def assert_alike(ours, expected, name, tolerance):
     """Two texts, equal but for the last digits of their numbers, which may differ between kinds of CPU."""
+    for image, wanted in zip(IMAGE.findall(ours), IMAGE.findall(expected), strict=True):
+        assert_same_pixels(io.BytesIO(base64.b64decode(image)), io.BytesIO(base64.b64decode(wanted)), name)
+    ours, expected = (IMAGE.sub("", text) for text in (ours, expected))
     ours, expected = (re.sub(r"\b[a-zA-Z]?[0-9a-f]{10}\b", "ID", text) for text in (ours, expected))
     assert NUMBER.sub("", ours) == NUMBER.sub("", expected), name
     found, wanted = ([float(number) for number in NUMBER.findall(text)] for text in (ours, expected))
@@ -54,8 +70,27 @@ def test_the_figures_are_what_the_records_give(tmp_path, monkeypatch):
     committed = {path.name: path.read_text() for path in (ROOT / "report" / "figures" / "report").iterdir()}
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert drawn.keys() == committed.keys()
-    for name in drawn.keys() - {"q2-phantoms.svg"}:  # that one shows pixels, from the generator instead of a record
+    for name in drawn:
         assert_alike(drawn[name], committed[name], name, 0.01)
+
+
+def test_the_pictures_of_the_readme_are_what_the_records_give(tmp_path, monkeypatch, q2):
+    committed = ROOT / "report" / "figures"
+    monkeypatch.setattr(pictures, "FIGURES", tmp_path)
+    for folder in ("q1", "q2", "q3"):
+        (tmp_path / folder).mkdir()
+    attention_approx.draw_again(ROOT / "results" / "q1.json", tmp_path / "q1")
+    for path in (ROOT / "results" / "q2").glob("*/grid.json"):
+        q2.draw(path, tmp_path / "q2")
+    pictures.draw_overview()
+    pictures.draw_curves()
+    drawn = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
+    assert drawn == {p.relative_to(committed) for p in committed.rglob("*.*") if p.parent.name != "report"}
+    for name in drawn:
+        if name.suffix == ".svg":
+            assert_alike((tmp_path / name).read_text(), (committed / name).read_text(), name, 0.01)
+        else:
+            assert_same_pixels(tmp_path / name, committed / name, name)
 
 
 def test_the_analysis_is_what_the_transcripts_give(tmp_path, monkeypatch):
