@@ -388,8 +388,8 @@ def benchmarks() -> str:
         f"{steps['plain']:.0f} a second), to the bit the same. Scans in {q2['data_memory_ratio']:.2f} of the memory.",
         "q3/bench.json": f"Training: {times['training, LSTM']:.0f} (LSTM) and {times['training, transformer']:.0f} "
         f"(transformer) times the seconds of speech of the course's way ({trained}), "
-        f"{fastest['lstm']:.0f} and {fastest['transformer']:.0f} times if that takes two clips a step and masks nothing, its "
-        f"fastest. Greedy decoding: "
+        f"{fastest['lstm']:.0f} and {fastest['transformer']:.0f} times if that takes two clips a step and masks "
+        f"nothing, its fastest. Greedy decoding: "
         f"1/{times['decoding, LSTM']:.0f} and 1/{times['decoding, transformer']:.0f} of its time ({decoded}).",
     }
     rounds = q1["config"]["rounds"], q2["rounds"], q3["config"]["rounds"]
