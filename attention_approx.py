@@ -464,7 +464,8 @@ def _gradient_of_tokens(x: Tensor, w: Tensor, s: Tensor, layout: _Layout) -> Ten
     for sequences, tokens, workspace in _tiles(x, layout):
         s_columns, w_columns = s[sequences].mT, w[sequences, :, tokens]
         workspace.fill(x[sequences, :, tokens])
-        grad_lower = torch.bmm(s_columns[:, : layout.lower], w_columns)
+        # Into a tensor that is there: around a backward pass autocast may be on, and would round the result.
+        grad_lower = torch.bmm(s_columns[:, : layout.lower], w_columns, out=torch.empty_like(workspace.lower))
         for (rows, top, _), group in zip(workspace.groups, layout.top, strict=True):
             torch.bmm(s_columns[:, rows], w_columns, out=top)
             for product in group:
@@ -913,7 +914,10 @@ def error_bound(q: Tensor, k: Tensor, v: Tensor, num_terms: int = 3, *, scale: f
 
     Two different scores, each with a suitable number of keys, attain it. r falls strictly for odd K, so that there
     the extreme scores decide; for even K the bound is infinite where a weight is not positive. Rounding is no part
-    of it: neither that of the attention nor its own, about 1e-16 of the diameter for scores around 1.
+    of it: neither that of the attention nor its own, about 1e-16 of the diameter for scores around 1. It holds for
+    `taylor_attention` to all keys, without `center`.
+
+    Raises ValueError and TypeError for input that `taylor_attention` refuses, TypeError on MPS: it has no float64.
     """
     _check_count("num_terms", num_terms)
     inputs = _prepare(q, k, v, scale)
@@ -1014,16 +1018,18 @@ def summarise(point: dict) -> dict:
 
 
 def time_interleaved(
-    functions: dict[str, Callable], rounds: int, least_seconds: float = 0.02
+    functions: dict[str, Callable], rounds: int, least_seconds: float = 0.02, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Seconds a call of each function, once a round, in turns that change from round to round.
 
-    A function is called again until `least_seconds` have passed, and the mean of these calls counts.
+    A function is called again until `least_seconds` have passed, and the mean of these calls counts. `device` is the
+    type of device that they compute on: a GPU is waited for.
     """
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = {name: [] for name in functions}
     for function in functions.values():
         function()
+        synchronise()
     order = list(functions)
     for _ in range(rounds):
         for name in order:
@@ -1084,7 +1090,7 @@ def measure_costs(args: argparse.Namespace, device: torch.device) -> list[dict]:
         for length in args.lengths:
             q, k, v = random_tokens(length, dim, 0.25, args.seeds[0], args.dtype, device)
             forms = attention_forms(q, k, v, num_terms)
-            times = time_interleaved(forms, args.rounds)
+            times = time_interleaved(forms, args.rounds, device=device.type)
             points.append(
                 {
                     "length": length,
@@ -1292,12 +1298,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def choose_measured_device(name: str) -> torch.device:
+    """`utils.choose_device` among those whose memory can be measured; CUDA's waits and counts then are this one's."""
+    device = utils.choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
+    elif device.type != "cpu":
+        if name != "auto":
+            raise InputError(f"-device {name}: memory can be measured on cpu and cuda only")
+        device = torch.device("cpu")
+    return device
+
+
 def run(args: argparse.Namespace) -> None:
     if args.draw:
         return draw_again(args.draw, args.figures or args.draw.parent)
-    device = utils.choose_device(args.device)
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"-device {device}: memory can be measured on cpu and cuda only")
+    device = choose_measured_device(args.device)
     torch.set_num_threads(args.threads)
     utils.set_seed(args.seeds[0])
     started = time.perf_counter()
@@ -1319,7 +1335,7 @@ def run(args: argparse.Namespace) -> None:
     record["costs"] = measure_costs(args, device)
     print_costs(record)
     record |= {"seed": args.seeds[0], "seconds": time.perf_counter() - started}
-    record |= {"device": str(device), "threads": args.threads} | utils.run_environment()
+    record |= {"device": str(device), "threads": args.threads} | utils.run_environment(device)
     utils.write_json(out, record)
     draw(record, figures)
     print(f"\n{record['seconds']:.0f} s; record {out}, figures in {figures}")

@@ -14,6 +14,7 @@ weights of the best epoch on the validation split) and last.pt (all that is need
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -289,7 +290,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 1024) -> np.ndar
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict:
-    """The metrics of `score` for the model on uint8 images [N, 28, 28] with labels [N]."""
+    """The metrics of `score` for the model on uint8 images [N, 28, 28] with labels [N]. Raises Diverged as it does."""
     return score(predict(model, images), labels.cpu().numpy())
 
 
@@ -376,7 +377,7 @@ class TrainingState:
 
     def load(self, path: Path) -> None:
         """Go back to the state saved in `path`. Raises InputError if it cannot be read."""
-        content = load_checkpoint(path, self.device)
+        content = load_checkpoint(path)
         self.history, self.seconds = content["history"], content["seconds"]
         self.model.load_state_dict(content["model"])
         self.averaged.load_state_dict(content["averaged"])
@@ -384,11 +385,11 @@ class TrainingState:
         utils.restore_random_state(content["random"], self.device)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read best.pt or last.pt. Raises InputError if it is not one of this program's."""
+def load_checkpoint(path: Path) -> dict:
+    """Read best.pt or last.pt, to the CPU. Raises InputError if it is not one of this program's."""
     try:
         # weights_only: a checkpoint is data and must not run code.
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load documents no exceptions; zip, pickle and OS errors occur
@@ -401,7 +402,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
 
 
 def train(config: Config, data: OctData, folder: Path, device: torch.device, resume: bool, verbose: bool) -> dict:
-    """Train, test once, and leave record, figures and checkpoints in `folder`. Returns the record."""
+    """Train, test once, and leave record, figures and checkpoints in `folder`. Returns the record.
+
+    Raises Diverged where losses or outputs are no numbers any more, InputError for a checkpoint that cannot be read.
+    """
     state = TrainingState(config, device, data.description)
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
     last, best = folder / "last.pt", folder / "best.pt"
@@ -426,7 +430,7 @@ def train(config: Config, data: OctData, folder: Path, device: torch.device, res
                 state.save(best)
             state.save(last)  # after best.pt: a stop between the two repeats this epoch and writes the same again
 
-    state.averaged.load_state_dict(load_checkpoint(best, device)["averaged"])
+    state.averaged.load_state_dict(load_checkpoint(best)["averaged"])
     record = make_record(state, data, splits)
     draw_run(record, folder)
     utils.write_json(folder / "record.json", record)  # last: a folder with a record is a finished run
@@ -434,7 +438,7 @@ def train(config: Config, data: OctData, folder: Path, device: torch.device, res
 
 
 def make_record(state: TrainingState, data: OctData, splits: dict[str, list[Tensor]]) -> dict:
-    """The record of a finished run. Here, and nowhere else, a network that is trained meets the test split."""
+    """The record of a finished run. A training meets the test split here alone, after its epoch was chosen."""
     images, labels = splits["test"]
     record = {
         "config": dataclasses.asdict(state.config),
@@ -454,7 +458,7 @@ def make_record(state: TrainingState, data: OctData, splits: dict[str, list[Tens
         "seconds": round(state.seconds, 2),
         "device": str(state.device),
         "threads": torch.get_num_threads(),
-        **utils.run_environment(),
+        **utils.run_environment(state.device),
     }
 
 
@@ -512,7 +516,7 @@ def run_grid(args: argparse.Namespace, data: OctData, folder: Path, device: torc
         "jobs": args.jobs,
         "device": str(device),
         "threads": args.threads,
-        **utils.run_environment(),
+        **utils.run_environment(device),
     }
     utils.write_json(folder / "grid.json", record)
     draw_grid(folder / "grid.json", folder / "grid")
@@ -543,11 +547,11 @@ def train_in_grid(
     torch.set_num_threads(args.threads)
     utils.git_state()
     folder = folder / run_name(config)
-    claim_folder(folder, settings_of(config, data), args.resume)
-    try:
-        record = finished_record(folder) or train(config, data, folder, device, args.resume, verbose=False)
-    except Diverged:
-        record = None
+    with claim_folder(folder, settings_of(config, data), args.resume):
+        try:
+            record = finished_record(folder) or train(config, data, folder, device, args.resume, verbose=False)
+        except Diverged:
+            record = None
     return config, record
 
 
@@ -734,7 +738,7 @@ def draw(record_path: Path, folder: Path) -> None:
 
 def load_network(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict]:
     """The network of a checkpoint, and the description of the data it was trained on. Raises InputError."""
-    content = load_checkpoint(path, device)
+    content = load_checkpoint(path)
     try:
         config = content["config"]
         model = build_network(config["recipe"], config["dropout"], config["no_maxpool"]).to(device)
@@ -785,7 +789,7 @@ def evaluate_checkpoints(args: argparse.Namespace, data: OctData, device: torch.
         "seconds": round(time.perf_counter() - started, 2),
         "device": str(device),
         "threads": args.threads,
-        **utils.run_environment(),
+        **utils.run_environment(device),
     }
 
 
@@ -866,22 +870,29 @@ def settings_of(config: Config, data: OctData, **others) -> dict:
     return {"config": dataclasses.asdict(config), "dataset": data.description, **others}
 
 
-def claim_folder(folder: Path, settings: dict, resume: bool) -> None:
-    """Make `folder` that of one run or grid, or, with `resume`, make sure that it is. Raises InputError."""
+@contextlib.contextmanager
+def claim_folder(folder: Path, settings: dict, resume: bool) -> Iterator[None]:
+    """Make `folder` that of one run or grid, or, with `resume`, make sure that it is; keep other processes out.
+
+    Raises InputError if it holds anything else, or while another process trains there.
+    """
     path = folder / "settings.json"
-    if folder.is_dir() and any(folder.iterdir()):
-        if not resume:
-            raise InputError(f"{folder}: already holds files; choose another -out, or add -resume")
-        if not path.exists():
-            raise InputError(f"{folder}: holds no run of hw2-q2.py to go on with; choose another -out")
+    is_used = folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir())
+    if is_used and not resume:
+        raise InputError(f"{folder}: already holds files; choose another -out, or add -resume")
+    if is_used and not path.exists():
+        raise InputError(f"{folder}: holds no run of hw2-q2.py to go on with; choose another -out")
+    if is_used:
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = [part for part in settings if found.get(part) != settings[part]]
         if differing:
             raise InputError(f"{folder}: cannot resume, it holds a run with another {' and '.join(differing)}")
-        for leftover in folder.glob(".*"):  # parts of files that a kill left behind
+    with utils.lock_folder(folder):
+        for leftover in folder.glob(".*.*"):  # parts of files that a kill left behind
             leftover.unlink()
-    else:
-        utils.write_json(path, settings)
+        if not is_used:
+            utils.write_json(path, settings)
+        yield
 
 
 def default_folder(settings: dict, name: str, resume: bool) -> Path:
@@ -910,18 +921,17 @@ def grid_or_finish(args: argparse.Namespace, data: OctData, device: torch.device
     config = make_config(args, seed=0)
     settings = settings_of(config, data, seeds=args.seeds)
     folder = args.out or default_folder(settings, f"{config.recipe}-grid", args.resume)
-    claim_folder(folder, settings, args.resume)
-    path = folder / "grid.json"
-    if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        runs = [folder / run for row in record["settings"] for run in row["runs"]]
-        if all(finished_record(run.parent) for run in runs):
-            print(f"{folder} holds this grid, finished")
-            return record
-    print(
-        f"grid on {data.name} ({data.kind}), {device}, {args.jobs} processes; everything goes to {folder}", flush=True
-    )
-    return run_grid(args, data, folder, device)
+    with claim_folder(folder, settings, args.resume):
+        path = folder / "grid.json"
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            runs = [folder / run for row in record["settings"] for run in row["runs"]]
+            if all(finished_record(run.parent) for run in runs):
+                print(f"{folder} holds this grid, finished")
+                return record
+        processes = f"{args.jobs} processes"
+        print(f"grid on {data.name} ({data.kind}), {device}, {processes}; everything goes to {folder}", flush=True)
+        return run_grid(args, data, folder, device)
 
 
 def train_or_finish(args: argparse.Namespace, data: OctData, device: torch.device) -> dict:
@@ -929,13 +939,13 @@ def train_or_finish(args: argparse.Namespace, data: OctData, device: torch.devic
     config = make_config(args, args.seed)
     settings = settings_of(config, data)
     folder = args.out or default_folder(settings, f"{config.recipe}-{run_name(config)}", args.resume)
-    claim_folder(folder, settings, args.resume)
-    record = finished_record(folder)
-    if record is None:
-        print(f"training on {data.name} ({data.kind}), {device}; everything goes to {folder}", flush=True)
-        record = train(config, data, folder, device, args.resume, verbose=True)
-    else:
-        print(f"{folder} holds this run, finished")
+    with claim_folder(folder, settings, args.resume):
+        record = finished_record(folder)
+        if record is None:
+            print(f"training on {data.name} ({data.kind}), {device}; everything goes to {folder}", flush=True)
+            record = train(config, data, folder, device, args.resume, verbose=True)
+        else:
+            print(f"{folder} holds this run, finished")
     for part in ("test", "test_course_subset"):
         if part in record:
             metrics = record[part]

@@ -29,7 +29,7 @@ import threading
 import time
 import types
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
@@ -38,6 +38,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
@@ -99,11 +100,11 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
     if set(state) != kinds:
         there = "-device " + ({*state} - {"cpu"} or {"cpu"}).pop()
         raise InputError(f"the run was started on another kind of device: go on with {there}")
-    torch.set_rng_state(state["cpu"].cpu())
+    torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+        torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps":
-        torch.mps.set_rng_state(state["mps"].cpu())
+        torch.mps.set_rng_state(state["mps"])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -185,14 +186,18 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, record: dict) -> None:
     """Write a record as JSON, whole or not at all. Raises ValueError for NaN: it is not JSON."""
     text = json.dumps(record, indent=1, allow_nan=False)
-    # Lists of numbers (histories, confusion matrices) read better on one line.
-    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    # Lists of numbers (histories, confusion matrices) read better on one line. Text is left alone.
+    text = re.sub(r'\[\n([^][{}"]*)\n *\]', lambda found: "[" + " ".join(found[1].split()) + "]", text)
     write_whole(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
-def run_environment() -> dict:
-    """How and where a run was made: the part of a record that is the same for every question."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def run_environment(device: torch.device | None = None) -> dict:
+    """How and where a run was made: the part of a record that is the same for every question.
+
+    `device` is the one that was computed on: its GPU is named, else the first one.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    gpu = torch.cuda.get_device_name(device if on_gpu else None) if torch.cuda.is_available() else None
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -232,6 +237,17 @@ def summarise(values: list) -> dict | None:
     if isinstance(values[0], dict):
         return {key: summarise([value[key] for value in values]) for key in values[0]}
     return None if None in values else mean_and_deviation(values)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in `folder`, which is made. Raises InputError while one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"{folder}: another process is training this run: wait for it or stop it") from None
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
@@ -318,13 +334,13 @@ CLASS_FOLDERS = ("CNV", "DME", "DRUSEN", "NORMAL")  # of the original OCT2017 sc
 class OctData:
     """Retinal scans: for each of train, val and test, images uint8 [N, 28, 28] and labels int64 [N]."""
 
-    name: str  # "OCTMNIST", "OCT phantoms", or the name of the user's file or folder
+    name: str  # "OCTMNIST" for that file alone, "OCT phantoms", or the name of the user's file or folder
     kind: str  # "real" or "phantom"
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
 
     @cached_property
     def description(self) -> dict:
-        """The `dataset` entry of a record: name, kind, scans per class of each split, checksum of the pixels."""
+        """The `dataset` entry of a record: name, kind, scans per class of each split, checksum of pixels and labels."""
         digest = hashlib.sha256()
         for split in SPLITS:
             for array in self.splits[split]:
@@ -357,10 +373,16 @@ def load_oct(source: str = "auto", data_dir: Path | str = "data") -> OctData:
         )
     path = Path(source)
     if path.is_dir():
-        return OctData(path.resolve().name, "real", read_oct_folder(path, data_dir))
+        return OctData(own_name(path.resolve().name), "real", read_oct_folder(path, data_dir))
     if path.is_file():
-        return OctData(path.stem, "real", read_oct_npz(path))
+        name = "OCTMNIST" if md5(path) == OCTMNIST_MD5 else own_name(path.stem)
+        return OctData(name, "real", read_oct_npz(path))
     raise InputError(f"-data {source}: no such file or folder (or use auto, octmnist, phantom)")
+
+
+def own_name(name: str) -> str:
+    """The name of a user's data: what is not OCTMNIST's file must not go by its name."""
+    return f"{name} (another file)" if name.upper() == "OCTMNIST" else name
 
 
 def load_phantoms() -> OctData:

@@ -111,6 +111,49 @@ def method_crossover(dim: int, num_terms: int, expected: int, rounds: int) -> in
     return find_crossover(*(at_length(form, dim) for form in forms), max(32, expected // 3), 3 * expected, rounds)
 
 
+def compare_heads(length: int, rounds: int) -> dict:
+    """Two sequences with eight heads each, and one head alone."""
+    q, k, v = tokens(length, 64, (2, 8))
+    one = [x[:1, :1] for x in (q, k, v)]
+    forms = {
+        "softmax, fused": lambda: softmax(q, k, v),
+        "Taylor": lambda: q1.taylor_attention(q, k, v),
+        "softmax, one head": lambda: softmax(*one),
+        "Taylor, one head": lambda: q1.taylor_attention(*one),
+    }
+    return compare(forms, rounds)
+
+
+def measure_memory(length: int) -> dict[str, float]:
+    """The most MiB that the ways with features hold at a time."""
+    q, k, v = tokens(length, 64)
+    return {
+        "Taylor": q1.peak_memory(lambda: q1.taylor_attention(q, k, v)) / 2**20,
+        "naive features": q1.peak_memory(lambda: q1.naive_taylor_attention(q, k, v)) / 2**20,
+    }
+
+
+def measure_methods(rounds: int, scale: float) -> list[dict]:
+    """From which length features beat all pairs, beside what `taylor_attention` assumes."""
+    return [
+        {
+            "dim": dim,
+            "num_terms": terms,
+            "features": q1.num_features(dim, terms),
+            "assumed": round(q1.crossover_length(dim, terms)),
+            "measured": method_crossover(dim, terms, round(scale * q1.crossover_length(dim, terms)), rounds),
+        }
+        for dim, terms in ((8, 3), (16, 3), (32, 3), (64, 3), (8, 4), (16, 4), (8, 5), (8, 6))
+    ]
+
+
+def compare_backward(length: int, dim: int, rounds: int) -> dict:
+    """Forward and backward pass together."""
+    data = tokens(length, dim)
+    forms = {"softmax, fused": with_backward(softmax, *data), "Taylor": with_backward(q1.taylor_attention, *data)}
+    return compare(forms, rounds)
+
+
 def measure(rounds: int, scale: float) -> dict:
     length = int(LENGTH * scale)
     progress = tqdm(total=2 * len(FORWARD_BARS) + len(BACKWARD_BARS) + 5, desc="benchmark", disable=None, leave=False)
@@ -125,44 +168,10 @@ def measure(rounds: int, scale: float) -> dict:
         plain = {dim: done(compare(all_forms(*tokens(length, dim)), max(3, rounds // 5))) for dim in FORWARD_BARS}
         low, high = (int(scale * limit) for limit in (1536, 6144))
         crossover = done(find_crossover(at_length(softmax), at_length(q1.taylor_attention), low, high, rounds))
-        q, k, v = tokens(length // 2, 64, (2, 8))
-        one = [x[:1, :1] for x in (q, k, v)]
-        heads = done(
-            compare(
-                {
-                    "softmax, fused": lambda: softmax(q, k, v),
-                    "Taylor": lambda: q1.taylor_attention(q, k, v),
-                    "softmax, one head": lambda: softmax(*one),
-                    "Taylor, one head": lambda: q1.taylor_attention(*one),
-                },
-                max(3, rounds // 3),
-            )
-        )
-        q, k, v = tokens(2 * length, 64)
-        memory = {
-            "Taylor": q1.peak_memory(lambda: q1.taylor_attention(q, k, v)) / 2**20,
-            "naive features": q1.peak_memory(lambda: q1.naive_taylor_attention(q, k, v)) / 2**20,
-        }
-        done(None)
-        methods = [
-            {
-                "dim": dim,
-                "num_terms": terms,
-                "features": q1.num_features(dim, terms),
-                "assumed": round(q1.crossover_length(dim, terms)),
-                "measured": method_crossover(dim, terms, round(scale * q1.crossover_length(dim, terms)), rounds),
-            }
-            for dim, terms in ((8, 3), (16, 3), (32, 3), (64, 3), (8, 4), (16, 4), (8, 5), (8, 6))
-        ]
-        done(None)
-    backward = {}
-    for dim in BACKWARD_BARS:
-        data = tokens(length, dim)
-        calls = {
-            "softmax, fused": with_backward(softmax, *data),
-            "Taylor": with_backward(q1.taylor_attention, *data),
-        }
-        backward[dim] = done(compare(calls, max(3, rounds // 4)))
+        heads = done(compare_heads(length // 2, max(3, rounds // 3)))
+        memory = done(measure_memory(2 * length))
+        methods = done(measure_methods(rounds, scale))
+    backward = {dim: done(compare_backward(length, dim, max(3, rounds // 4))) for dim in BACKWARD_BARS}
     progress.close()
     return {
         "length": length,

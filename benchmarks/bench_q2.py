@@ -72,12 +72,13 @@ class OurLoop:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-rounds", type=int, default=41)
-    parser.add_argument("-steps", type=int, default=100, help="steps of an epoch")
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-rounds", type=utils.number(int, 1), default=41)
+    parser.add_argument("-steps", type=utils.number(int, 1), default=100, help="steps of an epoch")
     parser.add_argument("-out", type=Path, help="write a record")
     args = parser.parse_args()
 
+    utils.git_state()
     torch.set_num_threads(1)
     data = offline_data.oct_phantoms(num_train=args.steps * BATCH_SIZE, num_val=4, num_test=4)
     images, labels = data["train_images"], data["train_labels"].reshape(-1).astype(np.int64)

@@ -114,8 +114,10 @@ def q1_time() -> Figure:
         set_ticks(axes.yaxis, [0.1, 1, 10, 100, 1000])
         axes.set(ylim=(0.07, 4000), ylabel="time of a forward pass (ms)")
         axes.text(0.03, 0.97, f"D = {curve['dim']}, K = {curve['num_terms']}", transform=axes.transAxes, va="top")
-        axes.axvline(curve["crossover"], ymax=0.85, color=COLOURS[0], linestyle=":", linewidth=1)
-        axes.annotate(f"L = {curve['crossover']:,.0f}", (curve["crossover"], 0.1), (4, 0), textcoords="offset points")
+        if length := curve["crossover"]:
+            axes.axvline(length, ymax=0.85, color=COLOURS[0], linestyle=":", linewidth=1)
+            rounded = round(length, -2 if length >= 1000 else -1)
+            axes.annotate(f"L ≈ {rounded:,.0f}", (length, 0.1), (4, 0), textcoords="offset points")
         draw_guide(axes, (4096, 14000), 1, slope=1)
         draw_guide(axes, *guides[curve["dim"]], slope=2)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -142,7 +144,7 @@ def q1_memory_and_crossover() -> Figure:
     for rows, mark, label in ((three, "o", "against all pairs, K = 3"), (more, "^", "against all pairs, K = 4 to 6")):
         places = [[row[name] for row in rows] for name in ("features", "measured")]
         crossover.plot(*places, mark, color=COLOURS[2], label=label)
-    places = [(features[c["dim"], c["num_terms"]], c["crossover"]) for c in curves]
+    places = [(features[c["dim"], c["num_terms"]], c["crossover"]) for c in curves if c["crossover"]]
     crossover.plot(*zip(*places, strict=True), "ks", mfc="none", markersize=5.5, label="against fused softmax, K = 3")
     for axis in (crossover.xaxis, crossover.yaxis):
         set_ticks(axis, [100, 1000])
@@ -187,7 +189,7 @@ POOLING = "q2/pooling-phantom.json"
 
 
 def grid_runs(folder: str, network: str = "maxpool", rate: float | None = None) -> list[dict]:
-    """The records of a grid's setting, one a seed; without `rate` those of the rate chosen."""
+    """The records of a grid's setting, one per seed; without `rate` those of the rate chosen."""
     grid = read(f"q2/{folder}/grid.json")
     wanted = network, grid["chosen_rate"] if rate is None else rate
     row = next(row for row in grid["settings"] if (row["network"], row["learning_rate"]) == wanted)
@@ -241,20 +243,20 @@ def q2_phantoms() -> Figure:
 def q2_rates() -> Figure:
     grid = read(f"q2/{PHANTOMS}/grid.json")
     steps = math.ceil(sum(grid["dataset"]["counts"]["train"]) / grid["config"]["batch_size"])
-    figure, (loss, accuracy, distance) = new_figure(3, height=2.2)
+    figure, (loss, accuracy, flow) = new_figure(3, height=2.0)
     for rate, colour in zip((0.1, 0.01, 0.001), COLOURS, strict=False):
         runs, style = grid_runs(PHANTOMS, rate=rate), {"color": colour, "label": f"rate {rate:g}"}
         draw_histories(loss, runs, "train_loss", **style)
         draw_histories(accuracy, runs, "val_accuracy", **style)
         ends = rate * steps * np.arange(1, grid["config"]["epochs"] + 1)
-        draw_histories(distance, runs, "train_loss", x=ends, **style)
-    for axes in (loss, distance):
+        draw_histories(flow, runs, "train_loss", x=ends, **style)
+    for axes in (loss, flow):
         loss_axis(axes)
     share_axis(accuracy, "validation accuracy (%)", low=0.4)
     for axes in (loss, accuracy):
         epoch_axis(axes)
-    set_ticks(distance.xaxis, [1, 10, 100, 1000])
-    distance.set(xlabel="rate × steps")
+    set_ticks(flow.xaxis, [1, 10, 100, 1000])
+    flow.set(xlabel="time of the flow, rate × steps")
     figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -342,7 +344,7 @@ DECODERS = {"lstm": ("LSTM", COLOURS[0]), "transformer": ("transformer", COLOURS
 
 
 def speech_runs(decoder: str) -> list[tuple[str, dict]]:
-    """File names and records of the runs on the spoken corpus with the preset `improved`, one a seed."""
+    """File names and records of the runs on the spoken corpus with the preset `improved`, one per seed."""
     names = sorted(path.name for path in (ROOT / "results" / "q3").glob("spoken-*.json"))
     runs = [(name, read(f"q3/{name}")) for name in names]
     wanted = {"preset": "improved", "decoder": decoder}
@@ -350,7 +352,7 @@ def speech_runs(decoder: str) -> list[tuple[str, dict]]:
 
 
 def q3_curves() -> Figure:
-    figure, (loss, similarity) = new_figure(2, height=2.1)
+    figure, (loss, similarity) = new_figure(2, height=1.9)
     similarities = {"cosine": (":", "cosine"), "jaccard": ("--", "Jaccard")}
     similarities["damerau_levenshtein"] = ("-", "Damerau-Levenshtein")
     for decoder, (name, colour) in DECODERS.items():
@@ -374,7 +376,7 @@ def q3_curves() -> Figure:
 
 
 def q3_alignments() -> Figure:
-    figure, panels = new_figure(2, height=2.05)
+    figure, panels = new_figure(2, height=1.9)
     for axes, (decoder, (name, _)) in zip(panels, DECODERS.items(), strict=True):
         looked = read(f"q3/details/{speech_runs(decoder)[0][0]}")["cross_attention"]
         weights = np.array(looked["weights"])
@@ -408,6 +410,7 @@ def q3_length() -> Figure:
             rates, deviations = ([100 * (b["cer"][key] or 0) for b in bins] for key in ("mean", "std"))
             axes.errorbar(characters, rates, deviations, marker="o", capsize=2, color=colour, label=name)
         axes.set(title=title, xlabel="characters of the sentence")
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("character error rate (%)")
     panels[0].legend()

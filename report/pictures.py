@@ -18,9 +18,11 @@ def draw_q1(axes) -> str:
     for name, colour in (("softmax, fused", "#000000"), ("Taylor, naive features", "#e69f00"), ("Taylor", "#0072b2")):
         points = [(point["length"], point["ms"][name]) for point in curve["points"] if name in point["ms"]]
         axes.plot(*zip(*points, strict=True), "o-", markersize=3.5, color=colour, label=name)
-    length, fast = points[-1]
-    gain = f"{curve['points'][-1]['ms']['softmax, fused'] / fast:.1f}× faster\nthan softmax"
-    axes.annotate(gain, (length, fast), (0, -48), textcoords="offset points", color=colour, ha="right", weight="bold")
+    length, ms = curve["points"][-1]["length"], curve["points"][-1]["ms"]
+    gain = f"{ms['softmax, fused'] / ms['Taylor']:.1f}× faster\nthan softmax"
+    axes.annotate(
+        gain, (length, ms["Taylor"]), (0, -48), textcoords="offset points", color=colour, ha="right", weight="bold"
+    )
     axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="forward pass (ms)", ylim=(0.1, 2e4))
     ticks = [256, 1024, 4096, 16384]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

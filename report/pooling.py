@@ -82,7 +82,7 @@ def make_config(args: argparse.Namespace, pool: str, seed: int) -> PoolingConfig
 
 def load_network(path: Path, config: PoolingConfig, device: torch.device) -> PooledCNN:
     model = PooledCNN(config.dropout, config.pool).to(device)
-    model.load_state_dict(hw2_q2.load_checkpoint(path, device)["network"])
+    model.load_state_dict(hw2_q2.load_checkpoint(path)["network"])
     return model.eval()
 
 
@@ -207,17 +207,16 @@ def train_and_measure(config: PoolingConfig, data: OctData, folder: Path, device
     torch.set_num_threads(1)
     utils.git_state()
     folder = folder / f"{config.pool}-lr{config.learning_rate:g}-seed{config.seed}-epochs{config.epochs}"
-    hw2_q2.claim_folder(folder, hw2_q2.settings_of(config, data), resume=True)
-    record = hw2_q2.finished_record(folder)
-    print(f"{folder}: {'trains' if record is None else 'is trained'}", flush=True)
-    if record is None:
-        # hw2-q2.py's own loop, with our network in the place of its two; its figures would call `mean` max-pool.
-        exchanged = {"build_network": lambda *_: PooledCNN(config.dropout, config.pool), "draw_run": lambda *_: None}
-        with mock.patch.multiple(hw2_q2, **exchanged):
-            try:
-                record = hw2_q2.train(config, data, folder, device, resume=True, verbose=False)
-            except hw2_q2.Diverged as error:
-                raise InputError(f"{folder}: {error}") from None
+    # hw2-q2.py's own loop, with our network in the place of its two; its figures would call `mean` max-pool.
+    exchanged = {"build_network": lambda *_: PooledCNN(config.dropout, config.pool), "draw_run": lambda *_: None}
+    settings = hw2_q2.settings_of(config, data)
+    with hw2_q2.claim_folder(folder, settings, resume=True), mock.patch.multiple(hw2_q2, **exchanged):
+        record = hw2_q2.finished_record(folder)
+        print(f"{folder}: {'trains' if record is None else 'is trained'}", flush=True)
+        try:
+            record = record or hw2_q2.train(config, data, folder, device, resume=True, verbose=False)
+        except hw2_q2.Diverged as error:
+            raise InputError(f"{folder}: {error}") from None
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
     return {key: record[key] for key in ("seed", "num_parameters", "best_epoch", "seconds")} | {
         "folder": str(folder),
@@ -273,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
         "jobs": args.jobs,
         "device": str(device),
         "threads": 1,
-        **utils.run_environment(),
+        **utils.run_environment(device),
     }
     utils.write_json(args.out or Path(f"results/q2/pooling-{name}.json"), record)
     print_record(record)

@@ -19,6 +19,7 @@ RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: E402
+from attention_approx import crossover_sentence  # noqa: E402
 from offline_data import OCTMNIST_CLASS_COUNTS  # noqa: E402
 
 
@@ -82,11 +83,11 @@ def q1_results() -> list[list[str]]:
 
 def q1_cost() -> str:
     record = read("q1.json")
-    crossovers = " and ".join(f"{curve['crossover']:,.0f} (D = {curve['dim']})" for curve in record["costs"])
+    crossovers = "; ".join(crossover_sentence(curve) for curve in record["costs"])
     return (
         f"**Time:** {duration(record['seconds'])} on one thread of a CPU. **Expect** tables of feature counts and of "
-        f"errors with their proven bounds, and curves of time and memory: here Taylor attention was faster than fused "
-        f"softmax attention for sequences longer than {crossovers} ({link('record', 'q1.json')})."
+        f"errors with their proven bounds, and curves of time and memory. Here, interpolated between the lengths "
+        f"measured: {crossovers} ({link('record', 'q1.json')})."
     )
 
 
@@ -180,7 +181,9 @@ def q2_cost() -> str:
         f"many training scans: about {duration(share * seconds)}, not measured. The whole question, `make q2-grid`, "
         f"takes {duration(q2_seconds(grid))} on phantoms, in {grid['jobs']} processes. **Expect** on phantoms a "
         f"validation accuracy of {spread(default['val_accuracy'])} and a test accuracy of "
-        f"{spread(default['test_accuracy'])} ({link('record', 'q2/phantom-homework/grid.json')})."
+        f"{spread(default['test_accuracy'])} at the default rate of {default['learning_rate']:g}; at "
+        f"{grid['chosen_rate']:g}, which the grid chooses, the latter is "
+        f"{spread(q2_balanced('phantom-homework/grid.json'))} ({link('record', 'q2/phantom-homework/grid.json')})."
     )
 
 
@@ -302,16 +305,15 @@ def q3_cost() -> str:
 
 
 def q3_scope() -> str:
-    """What is not recorded."""
+    """What is not recorded. No score on LJ Speech is, and a record of one would be a row of the table."""
     recorded = {row[key] for rows in q3_pairs(RESULT).values() for row in rows for key in ("dataset", "preset")}
     parts = {
         "homework": "the preset `homework`",
         LJ_TEXTS: "the texts of LJ Speech, spoken",
-        "LJ Speech": "LJ Speech itself",
     }
     missing = [text for name, text in parts.items() if name not in recorded]
-    scope = "" if "LJ Speech" in recorded else "**Nothing here is a score on LJ Speech.** "
-    return scope + (f"Not recorded yet: {'; '.join(missing)}." if missing else "")
+    scope = [] if "LJ Speech" in recorded else ["**Nothing here is a score on LJ Speech**, which is not recorded yet."]
+    return " ".join(scope + ([f"Not recorded yet: {'; '.join(missing)}."] if missing else []))
 
 
 def q3_table(role: str) -> str:

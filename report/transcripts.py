@@ -25,9 +25,9 @@ Pairs = list[tuple[str, str]]  # what was said, what was written
 
 
 def read_details(folder: Path) -> list[dict]:
-    """The details of the recorded runs on whole splits: those that learnt clips by heart are left out."""
+    """The details of the recorded runs, but for those that learnt the clips of their test by heart."""
     details = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [d for d in details if d["dataset"]["counts"]["train"] > 1000]
+    return [d for d in details if " memorise " not in d["command"]]
 
 
 def pairs_of(details: dict, split: str) -> Pairs:

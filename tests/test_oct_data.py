@@ -237,6 +237,17 @@ def test_an_npz_that_does_not_fit_is_named(tmp_path, small_arrays, change, messa
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_only_octmnists_own_file_goes_by_its_name(small_npz, octmnist_bytes, oct_folder, tmp_path, monkeypatch):
+    path = small_npz.with_name("OCTMNIST.npz")
+    small_npz.rename(path)
+    assert utils.load_oct(str(path)).name == "OCTMNIST (another file)"
+    shutil.copytree(oct_folder, tmp_path / "octmnist")
+    assert utils.load_oct(str(tmp_path / "octmnist"), tmp_path / "data").name == "octmnist (another file)"
+    monkeypatch.setattr(utils, "OCTMNIST_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    renamed = path.rename(path.with_name("scans.npz"))
+    assert utils.load_oct(str(renamed)).name == "OCTMNIST"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
 def test_an_npz_cut_off_anywhere_is_named(small_npz, share):
     whole = small_npz.read_bytes()
@@ -443,6 +454,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 def test_json_comes_back_as_it_went(tmp_path):
     import json
 
-    record = {"history": [{"epoch": 1, "loss": 0.5}], "confusion": [[1, 2], [3, 4]], "note": "a [1,\n 2] b", "none": []}
+    record = {"history": [{"epoch": 1, "loss": 0.5}], "confusion": [[1, 2], [3, 4]], "none": []}
+    record |= {"note": "a [1,\n 2] b, c [ 1  2 ].npz", "files": ["runs/my  run/best.pt"]}
     utils.write_json(tmp_path / "r.json", record)
     assert json.loads((tmp_path / "r.json").read_text()) == record

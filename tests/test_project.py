@@ -93,7 +93,7 @@ def test_the_readme_sorts_the_records_of_question_3(tmp_path):
     assert names("q3-runs") == names("results") == {"texts", "skeleton"}
     assert names("q3-changes") == {"changed"} and names("q3-memorised") == {"heart"}
     assert "improved (epochs 6)" in section(text, "q3-runs") and "ctc_weight 0.0" in section(text, "q3-changes")
-    assert "Not recorded yet: LJ Speech itself." in section(text, "q3-scope")
+    assert "LJ Speech**, which is not recorded yet" in section(text, "q3-scope")
     assert "not recorded yet" not in section(text, "records")
 
 

@@ -223,6 +223,20 @@ def test_autocast_does_not_touch_the_sums():
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
+@pytest.mark.parametrize("settings", [{"method": "features"}, {"method": "direct"}, {"causal": True}])
+def test_autocast_does_not_touch_the_gradients(settings):
+    """A training loop may hold its backward pass, too, inside autocast."""
+
+    def gradients() -> tuple:
+        inputs = [x.requires_grad_() for x in tokens(1100, 1100, 8, 4, dtype=torch.float32)]
+        return torch.autograd.grad(taylor_attention(*inputs, **settings).square().sum(), inputs)
+
+    plain = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Masks, causality, streaming, centring
 

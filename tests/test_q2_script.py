@@ -167,7 +167,7 @@ def test_a_stop_at_any_write_is_mended_by_resume(call_main, small_npz, tmp_path,
             break
         assert call_main(*arguments, "-out", out, *(["-resume"] if out.exists() else []))[0] == 0
         assert numbers(out) == expected, stops
-        assert not list(out.glob(".*"))
+        assert not list(out.glob(".*.*"))
         stops += 5  # every write at another moment: 5 and the 3 moments have no common factor
     assert stops > 24  # settings, best and last for two epochs, four figures, the record
 
@@ -184,6 +184,20 @@ def test_resume_refuses_another_run(call_main, small_npz, tmp_path):
     status, _, err = call_main("-data", tmp_path / "other.npz", "-out", out, *QUICK, "-resume")
     assert status == 2 and "another dataset" in err
     assert tree(out) == before
+
+
+def test_a_second_process_does_not_train_the_same_run(call_main, small_npz, tmp_path):
+    out = tmp_path / "run"
+    assert call_main("-data", small_npz, "-out", out, *QUICK)[0] == 0
+    (out / "record.json").unlink()
+    (out / ".last.1.pt").write_bytes(b"being written")
+    before = tree(out)
+    with utils.lock_folder(out):
+        status, _, err = call_main("-data", small_npz, "-out", out, *QUICK, "-resume")
+    assert status == 2 and str(out) in err and "another process" in err and err.count("\n") == 1
+    assert tree(out) == before
+    assert call_main("-data", small_npz, "-out", out, *QUICK, "-resume")[0] == 0
+    assert (out / "record.json").exists() and not (out / ".last.1.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def test_a_second_process_does_not_train_the_same_run(folder, interrupted, tmp_p
     run = make_run(folder, tmp_path / "runs")
     shutil.copytree(interrupted, tmp_path / "runs")
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    with run.lock(), pytest.raises(InputError) as error:
+    with utils.lock_folder(run.folder), pytest.raises(InputError) as error:
         train(run)
     assert str(run.folder) in str(error.value) and "another process" in str(error.value)
     for path, content in before.items():
