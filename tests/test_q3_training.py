@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from multiprocessing import forkserver
 from pathlib import Path
@@ -486,6 +487,30 @@ def test_damaged_progress_is_named_where_both_decoders_train_at_once(folder, int
         nb.train_at_once([run])
     message = str(error.value)
     assert str(run.folder) in message and "delete the folder" in message and "\n" not in message
+
+
+class OneAfterTheOther(ThreadPoolExecutor):
+    """In the place of processes, which cannot load the notebook's definitions from a test."""
+
+    def __init__(self, max_workers):
+        super().__init__(1)
+
+    def shutdown(self, kill_workers):
+        super().shutdown()
+
+
+def test_a_decoder_that_fails_is_named_and_the_other_one_finishes(folder, interrupted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(nb, "get_reusable_executor", OneAfterTheOther)
+    monkeypatch.setattr(nb, "precision", lambda cpu: "no")
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    shutil.copytree(interrupted, tmp_path / "runs")
+    broken, other = (make_run(folder, tmp_path / "runs", decoder) for decoder in ("lstm", "transformer"))
+    cut(broken.folder / "checkpoint-001" / "model.safetensors")
+    with pytest.raises(InputError, match="delete the folder"):
+        nb.train_at_once([broken, other])
+    printed = capsys.readouterr().out
+    assert "lstm: going on after epoch 1 " in printed and "lstm: FAILED: " in printed
+    assert other.is_finished and not broken.is_finished
 
 
 def test_a_second_process_does_not_train_the_same_run(folder, interrupted, tmp_path):
