@@ -26,7 +26,7 @@ def test_a_run_leaves_record_figures_and_checkpoints(run_script, small_npz, tmp_
     assert done.stderr == ""  # no progress bar where there is no terminal
     folder = tmp_path / "runs" / "q2-small-homework-maxpool-lr0.01-seed42-epochs2"
     assert "224,892 parameters" in done.stdout and str(folder.relative_to(tmp_path)) in done.stdout
-    names = "best.pt confusion.png confusion.svg curves.png curves.svg last.pt record.json settings.json"
+    names = ".lock best.pt confusion.png confusion.svg curves.png curves.svg last.pt record.json settings.json"
     assert list(tree(folder)) == names.split()
     record = json.loads((folder / "record.json").read_text())
     for key in ("command", "config", "dataset", "history", "test", "seed", "seconds", "device", "threads", "versions"):
