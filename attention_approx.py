@@ -1043,14 +1043,16 @@ def time_interleaved(
     return seconds
 
 
-def peak_memory(function: Callable) -> int:
-    """The most bytes of tensors that a call holds at a time, its result included, what was there before not."""
-    if torch.cuda.is_available():
+def peak_memory(function: Callable, device: str = "cpu") -> int:
+    """The most bytes of tensors that a call holds at a time, its result included, what was there before not.
+
+    `device` is the type of device that it computes on.
+    """
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        if torch.cuda.max_memory_allocated() > before:
-            return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports missing GPUs as errors
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
@@ -1095,7 +1097,7 @@ def measure_costs(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 {
                     "length": length,
                     "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()},
-                    "mib": {name: peak_memory(form) / 2**20 for name, form in forms.items()},
+                    "mib": {name: peak_memory(form, device.type) / 2**20 for name, form in forms.items()},
                 }
             )
             progress.update()
@@ -1301,13 +1303,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def choose_measured_device(name: str) -> torch.device:
     """`utils.choose_device` among those whose memory can be measured; CUDA's waits and counts then are this one's."""
     device = utils.choose_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
-    elif device.type != "cpu":
-        if name != "auto":
-            raise InputError(f"-device {name}: memory can be measured on cpu and cuda only")
-        device = torch.device("cpu")
-    return device
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    if device.type in ("cpu", "cuda"):
+        return device
+    if name == "auto":
+        return torch.device("cpu")
+    raise InputError(f"-device {name}: memory can be measured on cpu and cuda only")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -877,7 +877,7 @@ def claim_folder(folder: Path, settings: dict, resume: bool) -> Iterator[None]:
     Raises InputError if it holds anything else, or while another process trains there.
     """
     path = folder / "settings.json"
-    is_used = folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir())
+    is_used = folder.is_dir() and any(file.name != utils.LOCK for file in folder.iterdir())
     if is_used and not resume:
         raise InputError(f"{folder}: already holds files; choose another -out, or add -resume")
     if is_used and not path.exists():

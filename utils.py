@@ -194,7 +194,7 @@ def write_json(path: Path, record: dict) -> None:
 def run_environment(device: torch.device | None = None) -> dict:
     """How and where a run was made: the part of a record that is the same for every question.
 
-    `device` is the one that was computed on: its GPU is named, else the first one.
+    `device` is the one that was computed on: its GPU is named, else the current one.
     """
     on_gpu = device is not None and device.type == "cuda"
     gpu = torch.cuda.get_device_name(device if on_gpu else None) if torch.cuda.is_available() else None
@@ -239,12 +239,15 @@ def summarise(values: list) -> dict | None:
     return None if None in values else mean_and_deviation(values)
 
 
+LOCK = ".lock"  # a file that `lock_folder` leaves behind
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps other processes from training in `folder`, which is made. Raises InputError while one does."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             yield
     except Timeout:
         raise InputError(f"{folder}: another process is training this run: wait for it or stop it") from None
@@ -1053,6 +1056,11 @@ def open_features(path: Path, corpus: SpeechCorpus, fingerprint: str) -> Feature
 
 # ---------------------------------------------------------------------------------------------------
 # Records of trained networks (Q3)
+
+
+def learnt_by_heart(record: dict) -> bool:
+    """Whether a run was scored on the clips it was trained on: no result."""
+    return " memorise " in record["command"]
 
 
 def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]:

@@ -144,8 +144,9 @@ def q1_memory_and_crossover() -> Figure:
     for rows, mark, label in ((three, "o", "against all pairs, K = 3"), (more, "^", "against all pairs, K = 4 to 6")):
         places = [[row[name] for row in rows] for name in ("features", "measured")]
         crossover.plot(*places, mark, color=COLOURS[2], label=label)
-    places = [(features[c["dim"], c["num_terms"]], c["crossover"]) for c in curves if c["crossover"]]
-    crossover.plot(*zip(*places, strict=True), "ks", mfc="none", markersize=5.5, label="against fused softmax, K = 3")
+    crossing = [c for c in curves if c["crossover"]]
+    places = [features[c["dim"], c["num_terms"]] for c in crossing], [c["crossover"] for c in crossing]
+    crossover.plot(*places, "ks", mfc="none", markersize=5.5, label="against fused softmax, K = 3")
     for axis in (crossover.xaxis, crossover.yaxis):
         set_ticks(axis, [100, 1000])
     crossover.set(xlim=limits, ylim=limits, xlabel="features M", ylabel="crossover length (tokens)")

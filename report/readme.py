@@ -248,7 +248,7 @@ def q3_rows(split: str = "test") -> list[dict]:
     rows = utils.summarise_speech_runs(RESULTS / "q3", split)
     unchanged = {(row["dataset"], row["preset"], row["decoder"]) for row in rows if not row["changes"]}
     for row in rows:
-        memorised = " memorise " in read(f"q3/{row['files'][0]}")["command"]
+        memorised = utils.learnt_by_heart(read(f"q3/{row['files'][0]}"))
         changed = row["changes"] and (row["dataset"], row["preset"], row["decoder"]) in unchanged
         row["role"] = BY_HEART if memorised else CHANGE if changed else RESULT
         row["data"] = f"{row['dataset']} ({SPEECH[row['kind']]})"
@@ -305,7 +305,7 @@ def q3_cost() -> str:
 
 
 def q3_scope() -> str:
-    """What is not recorded. No score on LJ Speech is, and a record of one would be a row of the table."""
+    """What is not recorded."""
     recorded = {row[key] for rows in q3_pairs(RESULT).values() for row in rows for key in ("dataset", "preset")}
     parts = {
         "homework": "the preset `homework`",

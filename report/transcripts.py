@@ -15,7 +15,14 @@ from scipy.stats import pearsonr, spearmanr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import mean_and_deviation, notebook_definitions, run_environment, summarise, write_json  # noqa: E402
+from utils import (  # noqa: E402
+    learnt_by_heart,
+    mean_and_deviation,
+    notebook_definitions,
+    run_environment,
+    summarise,
+    write_json,
+)
 
 OUT = ROOT / "results" / "q3" / "analysis.json"
 nb = notebook_definitions(ROOT / "hw2-q3.ipynb")
@@ -27,7 +34,7 @@ Pairs = list[tuple[str, str]]  # what was said, what was written
 def read_details(folder: Path) -> list[dict]:
     """The details of the recorded runs, but for those that learnt the clips of their test by heart."""
     details = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [d for d in details if " memorise " not in d["command"]]
+    return [d for d in details if not learnt_by_heart(d)]
 
 
 def pairs_of(details: dict, split: str) -> Pairs:
