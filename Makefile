@@ -105,7 +105,7 @@ q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espea
 	$(call needs,TEXTS,path/to/metadata.csv)
 	@mkdir -p runs/q3
 	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
-	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12}}' $(ARGS)
+	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12, attention_window: 1}}' $(ARGS)
 	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where

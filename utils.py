@@ -178,6 +178,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        for wait in (0.01, 0.1, 1.0):
+            with contextlib.suppress(PermissionError):
+                temporary.replace(path)
+                return
+            time.sleep(wait)  # on Windows another process may be reading the old file
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -440,6 +445,10 @@ def _fetch_with_medmnist(folder: Path) -> str | None:
     """Let medmnist download OCTMNIST into `folder`. Returns why it failed, or None."""
     import medmnist  # only here: importing it takes seconds
 
+    try:
+        import torchvision.datasets.utils  # noqa: F401 (what medmnist would import while silence is timed)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        return f"torchvision does not work here ({' '.join(str(error).split())})"
     fetch = partial(medmnist.OCTMNIST, split="train", download=True, root=str(folder))
     return fetch_while_growing(fetch, folder, "octmnist-download")
 
@@ -618,9 +627,7 @@ class SpeechCorpus:
         }
 
 
-def load_speech(
-    source: str = "auto", data_dir: Path | str = "data", seed: int = 0, max_seconds: float = MAX_SECONDS
-) -> SpeechCorpus:
+def load_speech(source: str = "auto", data_dir: Path | str = "data", seed: int = 0) -> SpeechCorpus:
     """Load clips of speech with their transcripts.
 
     `source` is "ljspeech", "spoken" (made on first use, `seed` says which one), a folder in LJ Speech's layout
@@ -636,7 +643,7 @@ def load_speech(
                 f"(2.6 GB, SHA-256 {LJSPEECH_SHA256}) and unpack it as {data_dir / 'LJSpeech-1.1'}"
             )
         if folder is not None:
-            return read_speech_folder(folder, max_seconds)
+            return read_speech_folder(folder)
         print("*** LJ Speech is not here and could not be downloaded: going on with a SPOKEN corpus, made by a")
         print("*** speech synthesiser from sentences of a grammar. No score below is a score on LJ Speech.")
     if source in ("auto", "spoken"):
@@ -645,9 +652,9 @@ def load_speech(
             offline_data.make_spoken_corpus(folder, seed)  # nothing to do if it is there
         except (offline_data.SpeechError, OSError) as error:
             raise InputError(f"the spoken corpus cannot be made: {error}") from None
-        return read_speech_folder(folder, max_seconds)
+        return read_speech_folder(folder)
     if Path(source).is_dir():
-        return read_speech_folder(Path(source), max_seconds)
+        return read_speech_folder(Path(source))
     raise InputError(f"data {source}: no such folder (or use auto, ljspeech, spoken)")
 
 
@@ -704,8 +711,12 @@ def _fetch_with_torchaudio(folder: Path) -> str | None:
     if free < needed:
         return f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free"
     archive = folder / Path(LJSPEECH_URL).name
-    fetch = partial(torchaudio.datasets.LJSPEECH, folder, url=LJSPEECH_URL, download=True)
     bar = tqdm(desc="unpacking", total=LJSPEECH_UNPACKED, unit="B", unit_scale=True, delay=0.1, disable=None)
+
+    def fetch() -> None:
+        # Last of all torchaudio reads the texts, in the system's encoding, which need not be UTF-8. We read them anew.
+        with contextlib.suppress(UnicodeDecodeError):
+            torchaudio.datasets.LJSPEECH(folder, url=LJSPEECH_URL, download=True)
 
     def show_unpacking(size: int) -> None:  # the download shows itself
         if archive.exists():  # it has its name once it is whole and checked
@@ -722,7 +733,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_speech_folder(folder: Path, max_seconds: float = MAX_SECONDS) -> SpeechCorpus:
+def read_speech_folder(folder: Path) -> SpeechCorpus:
     """Read a folder in LJ Speech's layout: metadata.csv (id|text|normalised text, no quoting), wavs/<id>.wav.
 
     Rows that cannot be used (see `read_row`) are printed and left out. Splits are cut by row before that: as
@@ -735,7 +746,7 @@ def read_speech_folder(folder: Path, max_seconds: float = MAX_SECONDS) -> Speech
     clips, left_out, ids = [], [], set()
     for row, line in enumerate(lines):
         try:
-            clip = read_row(folder, row, line, max_seconds)
+            clip = read_row(folder, row, line)
             if clip.id in ids:
                 raise InputError(f"id {clip.id} was there before")
             ids.add(clip.id)
@@ -751,11 +762,13 @@ def read_speech_folder(folder: Path, max_seconds: float = MAX_SECONDS) -> Speech
     rows = about.get("splits") or split_rows(len(lines))
     splits = {split: [c for c in clips if first <= c.row < end] for split, (first, end) in rows.items()}
     check_splits(folder, splits)
-    name = about.get("name") or folder.name or folder.resolve().name
+    name, kind = about.get("name") or folder.name or folder.resolve().name, about.get("kind", "real")
     if name == "LJSpeech-1.1":  # never to be taken for the whole if it is a part
         whole = len(clips) == len(lines) == LJSPEECH_CLIPS
         name = "LJ Speech" if whole else f"LJ Speech, {len(clips):,} of {LJSPEECH_CLIPS:,} clips"
-    return SpeechCorpus(name, about.get("kind", "real"), folder, SPEECH_RATE, splits, left_out)
+    elif kind == "real" and name.upper().startswith("LJ SPEECH"):
+        name = f"{name} (another folder)"
+    return SpeechCorpus(name, kind, folder, SPEECH_RATE, splits, left_out)
 
 
 def read_lines(path: Path) -> list[bytes]:
@@ -790,7 +803,7 @@ def read_corpus_json(folder: Path, num_rows: int) -> dict:
     return about
 
 
-def read_row(folder: Path, row: int, line: bytes, max_seconds: float) -> Clip:
+def read_row(folder: Path, row: int, line: bytes) -> Clip:
     """Check one row of metadata.csv and the header of its wav file. Raises InputError for a row without use."""
     try:
         columns = line.decode().split("|")
@@ -806,8 +819,8 @@ def read_row(folder: Path, row: int, line: bytes, max_seconds: float) -> Clip:
     if not text:
         raise InputError(f"the transcript of {file} is empty")
     seconds, rate = read_wav_header(folder / file)
-    if not MIN_SECONDS <= seconds <= max_seconds:
-        raise InputError(f"{file} lasts {seconds:.2f} s, not {MIN_SECONDS} to {max_seconds:g} s")
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise InputError(f"{file} lasts {seconds:.2f} s, not {MIN_SECONDS} to {MAX_SECONDS:g} s")
     return Clip(row, name, text, folder / file, seconds, rate)
 
 
@@ -919,10 +932,6 @@ class FeatureCache:
 
     def clips(self, split: str) -> list[Clip]:
         return self.corpus.splits[split]
-
-    @property
-    def nbytes(self) -> int:
-        return self.features.nbytes
 
     def __getstate__(self) -> dict:
         """For other processes: they map the file again instead of being sent its contents."""
@@ -1261,7 +1270,7 @@ def plot_error_by_length(errors: dict[str, np.ndarray], lengths: np.ndarray, tit
 def plot_confusions(counts: dict[str, np.ndarray], tokens: Sequence[str], title: str) -> Figure:
     """Which character was written for which, by decoder: counts [tokens, tokens], rows the truth.
 
-    The last row and column, "nothing", hold insertions and deletions. The diagonal (correct) is left blank.
+    The last row and column, ∅, hold insertions and deletions. The diagonal (correct) is left blank.
     """
     figure, axes = new_figure(1, len(counts), size=(6.0, 5.6))
     for axis, (name, matrix) in zip(axes, counts.items(), strict=True):

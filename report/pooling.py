@@ -15,8 +15,8 @@ takes no maximum. The weights are those of the best epoch on the validation spli
     tested_with         the trained weights on the test split, pooled in another way without retraining
     windows             what of the responses stride's one position holds
 
-Two processes on two idle cores take about eight minutes on phantoms. Trainings are kept under runs/q2/pooling: the
-same command again goes on where it was stopped, and trains nothing that is finished.
+Trainings are kept under runs/q2/pooling: the same command again goes on where it was stopped, and trains nothing that
+is finished.
 """
 
 import argparse

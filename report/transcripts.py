@@ -5,6 +5,7 @@ python report/transcripts.py       write results/q3/analysis.json, in seconds; t
 
 import json
 import sys
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -77,11 +78,17 @@ def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
     return {kind: 1000 * count / characters for kind, count in counts.items()}
 
 
+def commonest_share(pairs: Pairs) -> float:
+    """The share of clips for which the most frequent text was written: near 1 where a decoder does not listen."""
+    return max(Counter(written for _, written in pairs).values()) / len(pairs)
+
+
 def describe_decoder(runs: list[dict], split: str) -> dict:
     """The errors of runs that differ in the seed alone."""
     pairs = [pairs_of(run, split) for run in runs]
     described = {
         "seeds": [run["seed"] for run in runs],
+        "commonest": mean_and_deviation([commonest_share(p) for p in pairs]),
         "kinds": summarise([kinds_of_errors(p) for p in pairs]),
         "by_length": [summarise(list(group)) for group in zip(*map(error_by_length, pairs), strict=True)],
     }
@@ -123,8 +130,13 @@ def describe_similarities(details: list[dict]) -> dict:
         "anagram": [(text, "".join(rng.permutation(list(text)))) for text in said],
         "other sentence": list(zip(said, said[1:] + said[:1], strict=True)),
     }
-    transcripts = [pair for d in details for split in d["transcripts"] for pair in pairs_of(d, split) if pair[1]]
-    wrong = sorted({pair for pair in transcripts if pair[0] != pair[1]})
+    writer = {}  # wrong transcript -> the first run that wrote it, of those with a preset's own settings
+    for d in details:
+        for split in [] if d["changes"] else d["transcripts"]:
+            for text, written in pairs_of(d, split):
+                if written and written != text:
+                    writer.setdefault((text, written), f"{d['config']['preset']}, {d['config']['decoder']}")
+    wrong = sorted(writer)
     scores = [nb.string_similarities(*pair) for pair in wrong]
     rates = [Levenshtein.distance(*pair) / len(pair[0]) for pair in wrong]
     correlation = {}
@@ -145,7 +157,7 @@ def describe_similarities(details: list[dict]) -> dict:
         "wrong_transcripts": len(wrong),
         "correlation_with_character_error_rate": correlation,
         "farthest_apart": [
-            {"said": wrong[i][0], "written": wrong[i][1], **{name: scores[i][name] for name in names}}
+            {"said": wrong[i][0], "written": wrong[i][1], "by": writer[wrong[i]], **scores[i]}
             for i in apart[:3]
         ],
     }

@@ -3,9 +3,11 @@
 import hashlib
 import http.server
 import io
+import json
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -99,6 +101,13 @@ def serve(monkeypatch, octmnist_bytes, tmp_path):
 def test_the_published_address_and_checksum_are_medmnists():
     assert medmnist.INFO["octmnist"]["url"] == utils.OCTMNIST_URL
     assert medmnist.INFO["octmnist"]["MD5"] == utils.OCTMNIST_MD5
+
+
+def test_a_torchvision_that_cannot_be_imported_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets.utils", None)
+    with pytest.raises(InputError, match="could not be downloaded"):
+        utils.load_oct("octmnist", tmp_path / "data")
+    assert "no download: torchvision does not work here (import of" in capsys.readouterr().out
 
 
 def test_a_good_download_is_kept_and_used_again(serve, tmp_path, small_arrays):
@@ -449,6 +458,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         utils.write_json(path, {"a": float("nan")})
     assert tree(tmp_path) == before
+
+
+def test_a_write_waits_for_another_process_that_reads_the_old_file(tmp_path, monkeypatch):
+    replace, refused = Path.replace, []
+
+    def as_on_windows(temporary, target):
+        if len(refused) < 2:
+            refused.append(target)
+            raise PermissionError("the file is being used by another process")
+        return replace(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", as_on_windows)
+    path = tmp_path / "live.json"
+    utils.write_json(path, {"step": 1})
+    assert len(refused) == 2 and [*tree(tmp_path)] == ["live.json"] and json.loads(path.read_text()) == {"step": 1}
 
 
 def test_json_comes_back_as_it_went(tmp_path):

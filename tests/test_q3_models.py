@@ -688,6 +688,48 @@ def test_greedy_decoding_of_a_batch_is_that_of_each_clip_by_the_whole_prefix(dec
     assert max(counts) <= max(limits)
 
 
+@torch.no_grad()
+def greedy_through_a_window(model, audio, max_tokens, ahead, behind):
+    """One clip [T, n_mels], the whole text read anew for each token, under a mask [U, S] of what each may look at.
+
+    Also returns the furthest place after each token.
+    """
+    memory, mask = model.encoder(audio[None], torch.tensor([len(audio)]))
+    attention, positions = model.decoder.cross_block.attention, torch.arange(memory.shape[1])
+    start = model.decoder.start(memory, mask)
+    tokens, furthest = [], [0]
+    for _ in range(max_tokens):
+        sees = [(positions >= place - behind) & (positions <= place + ahead) for place in furthest]
+        masked = nb.replace(start, memory_mask=torch.stack(sees)[None, None])
+        logits = model.decoder.step(torch.tensor([[START, *tokens]]), masked)[0][0, -1]
+        looked = attention.weights[0, :, -1].mean(dim=0)
+        assert looked[~sees[-1]].eq(0).all()
+        furthest.append(max(furthest[-1], looked.argmax().item()))
+        if logits.argmax() == STOP:
+            break
+        tokens.append(logits.argmax().item())
+    return tokens, furthest
+
+
+@both_decoders
+def test_decoding_sees_a_window_that_moves_forward_alone(decoder):
+    model = talkative(decoder, STOP_BIAS[decoder])
+    audio, lengths, _ = random_batch(CLIPS)
+    everything = model.generate(audio, lengths)
+    second = RATE / 220 / 4  # positions
+    for seconds in (0.1, 0.2, 60.0):
+        model.settings = nb.replace(model.settings, attention_window=seconds)
+        ours = model.generate(audio, lengths)
+        ahead = round(seconds * second)
+        for clip, length in enumerate(CLIPS):
+            expected, furthest = greedy_through_a_window(
+                model, audio[clip, :length], longest_text(length), ahead, ahead // 4
+            )
+            assert ours[clip] == expected, (seconds, clip)
+            assert all(0 <= after - before <= ahead for before, after in itertools.pairwise(furthest))
+        assert (ours == everything) == (seconds == 60.0)
+
+
 @both_decoders
 def test_a_clip_that_stops_at_once_has_an_empty_text(decoder):
     model = talkative(decoder, stop_bias=1e4)

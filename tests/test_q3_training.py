@@ -9,7 +9,7 @@ import shlex
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import chain, cycle, repeat
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -411,6 +411,21 @@ def test_a_run_interrupted_twice_by_an_exception_ends_as_if_it_had_not_been(fold
     assert_same_run(run, whole)
 
 
+def test_a_record_names_all_code_that_trained_it_as_it_was_then(folder, tmp_path, monkeypatch):
+    run = make_run(folder, tmp_path)
+
+    def start(commit):
+        states = chain([commit], repeat("changed while it trained"))
+        monkeypatch.setattr(utils, "git_state", lambda: {"commit": next(states), "clean": True})
+        train(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
+        install(patch, "at validation", interrupt)
+        start("first")
+    start("second")
+    assert [code["commit"] for code in run.record["trained_by"]] == ["first", "second"]
+
+
 def test_a_run_killed_in_its_first_epoch_starts_again(folder, runs, tmp_path):
     run = make_run(folder, tmp_path, "transformer")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
@@ -438,6 +453,32 @@ def test_a_deleted_model_is_trained_again(folder, runs, tmp_path):
     assert_same_run(run, runs["lstm"])
 
 
+def test_another_way_to_decode_scores_a_trained_run_again_and_trains_nothing(folder, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole.folder, tmp_path / whole.folder.name)
+    run = make_run(folder, tmp_path, whole.decoder, attention_window=0.1)
+    assert run.folder.name == whole.folder.name and run.is_trained and not run.is_finished
+    monkeypatch.setattr(nb, "train_epoch", lambda *args: pytest.fail("it trains"))
+    windows, genuine = set(), nb.SpeechToText.start
+    monkeypatch.setattr(nb.SpeechToText, "start", lambda *args: windows.add(genuine(*args).window) or genuine(*args))
+    train(run)
+    assert windows == {round(0.1 * RATE / 220 / 4)}
+    assert run.is_finished and run.changes["attention_window"] == 0.1 and "attention_window" in run.record["command"]
+    ours, before = run.record, whole.record
+    assert ours["scored_again"] is True and before["scored_again"] is False
+    assert ours["config"] == before["config"] | {"attention_window": 0.1}
+    assert all(ours[key] == before[key] for key in ("history", "trained_by", "seconds", "dataset", "seed"))
+    theirs = weights(whole)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(run).items())
+
+    model, clips = nb.load_model(run.folder / "model.pt"), run.cache.clips("test")
+    written = json.loads((run.folder / "transcripts.json").read_text())["test"]
+    assert list(written.values()) == nb.transcripts(model, clips, run.cache)
+    assert model.settings == run.settings
+    back = make_run(folder, tmp_path, whole.decoder)
+    train(back)
+    assert_same_run(back, whole)
+
+
 def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
@@ -451,6 +492,8 @@ DAMAGES = {
     "weights are gone": lambda run: (run.folder / "checkpoint-001" / "model.safetensors").unlink(),
     "the optimizer is cut off": lambda run: cut(run.folder / "checkpoint-001" / "optimizer.bin"),
     "the average is cut off": lambda run: cut(run.folder / "checkpoint-001" / "custom_checkpoint_0.pkl"),
+    "random states are cut off": lambda run: cut(run.folder / "checkpoint-001" / "random_states_0.pkl"),
+    "random states are gone": lambda run: (run.folder / "checkpoint-001" / "random_states_0.pkl").unlink(),
 }
 
 
@@ -748,6 +791,21 @@ def test_sentences_in_a_row_are_transcribed_one_by_one(folder, tmp_path, monkeyp
     assert nb.transcript_of(tmp_path / "row.wav", model, 1.5) == expected
     for frames, clip in zip(pieces, clips, strict=True):
         assert abs(frames - cache.frames(clip)) <= 11  # hundredths of a second: the pause's own tenth
+
+
+def test_a_pause_like_those_in_training_clips_does_not_cut_a_recording(folder, tmp_path, monkeypatch):
+    model, cache = network("lstm"), features(folder, small())
+    pieces = []
+    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5]])
+    first, second = (utils.read_wav(clip.path, RATE)[0] for clip in cache.clips("train")[:2])
+    samples = np.concatenate([first, np.zeros(RATE // 2, np.float32), second])
+    soundfile.write(tmp_path / "comma.wav", samples, RATE)
+    pause = nb.longest_pause(samples, RATE)
+    assert 0.5 <= pause < 0.75 and nb.longest_pause(first[: RATE // 3], RATE) == 0.3
+    nb.transcript_of(tmp_path / "comma.wav", model, 10.0, pause)
+    assert pieces == [len(samples) // 220 + 1]
+    nb.transcript_of(tmp_path / "comma.wav", model, 10.0)
+    assert len(pieces) == 3
 
 
 def test_ten_minutes_are_transcribed_in_pieces_and_silent_ones_passed_over(tmp_path, monkeypatch):

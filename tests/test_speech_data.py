@@ -110,7 +110,7 @@ def test_the_real_clips_are_not_taken_for_the_whole(capsys):
 def test_every_row_of_the_real_metadata_has_a_transcript(monkeypatch):
     monkeypatch.setattr(utils, "read_wav_header", lambda path: (6.6, RATE))
     lines = utils.read_lines(REAL_TEXTS)
-    clips = [utils.read_row(Path("lj"), row, line, 30.0) for row, line in enumerate(lines)]
+    clips = [utils.read_row(Path("lj"), row, line) for row, line in enumerate(lines)]
     assert len(clips) == len({clip.id for clip in clips}) == utils.LJSPEECH_CLIPS
     assert (clips[0].id, clips[-1].id) == ("LJ001-0001", "LJ050-0278")
     assert (min(len(c.text) for c in clips), max(len(c.text) for c in clips)) == (12, 187)
@@ -174,8 +174,9 @@ def test_many_bad_rows_are_counted_and_five_are_printed(folder, capsys):
     assert printed == [*corpus.left_out[:5], "... and 3 more", "left out: 8 of 20 rows"]
 
 
-def test_the_longest_clip_allowed_can_be_chosen(folder):
-    corpus = utils.load_speech(str(folder), max_seconds=0.675)
+def test_clips_that_are_too_long_are_left_out(folder, monkeypatch):
+    monkeypatch.setattr(utils, "MAX_SECONDS", 0.675)
+    corpus = utils.load_speech(str(folder))
     assert [clip.row for clip in corpus.splits["test"]] == [16, 17] and len(corpus.left_out) == 2
 
 
@@ -330,7 +331,7 @@ def test_a_whole_ljspeech_may_miss_a_clip_or_two(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "LJSPEECH_CLIPS", 200)
     (folder / "wavs" / "C007.wav").unlink()
     (folder / "wavs" / "C009.wav").unlink()
-    assert utils.load_speech("ljspeech", tmp_path, max_seconds=99).name == "LJ Speech, 198 of 200 clips"
+    assert utils.load_speech("ljspeech", tmp_path).name == "LJ Speech, 198 of 200 clips"
     (folder / "wavs" / "C011.wav").unlink()
     assert not utils.is_ljspeech(folder)
 
@@ -358,7 +359,7 @@ class SlowHandler(Handler):
 def archive(tmp_path_factory):
     """A small LJSpeech-1.1.tar.bz2 of 20 clips: 0.6 MB."""
     root = tmp_path_factory.mktemp("archive")
-    make_corpus(root / "LJSpeech-1.1")
+    replace_line(make_corpus(root / "LJSpeech-1.1"), 1, "C000|No. 0|Number 0, \u201cquoted\u201d")
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:bz2") as tar:
         tar.add(root / "LJSpeech-1.1", "LJSpeech-1.1")
@@ -414,6 +415,22 @@ def test_a_good_download_is_unpacked_kept_and_used_again(serve, tmp_path):
     requests = server.requests
     utils.load_speech("ljspeech", tmp_path / "data")
     assert server.requests == requests > 0
+
+
+def test_a_download_is_kept_where_the_system_s_encoding_is_not_utf8(serve, tmp_path, monkeypatch):
+    def locale_open(path, *args, **named):  # as torchaudio reads metadata.csv on Windows
+        return Path(path).open(*args, **{"encoding": "cp1252", **named})
+
+    monkeypatch.setattr(torchaudio.datasets.ljspeech, "open", locale_open, raising=False)
+    serve("right")
+    corpus = utils.load_speech("ljspeech", tmp_path / "data")
+    assert corpus.name == "LJ Speech" and "\u201d" in corpus.splits["train"][0].text
+
+
+@pytest.mark.parametrize("name", ["LJ Speech", "lj speech, mine"])
+def test_another_folder_of_real_speech_does_not_go_by_the_name_of_ljspeech(tmp_path, name):
+    corpus = utils.load_speech(str(make_corpus(tmp_path / name)))
+    assert corpus.name == f"{name} (another folder)" and corpus.kind == "real"
 
 
 @pytest.mark.parametrize("behaviour", ["cut off", "missing", "silent", "stalls"])
@@ -653,7 +670,8 @@ def test_features_are_made_once_and_mapped_from_one_file(corpus, tmp_path):
     assert extract.calls == 20 and cache.left_out == []
     assert_cache_is_right(cache, corpus)
     assert [*tree(tmp_path / "data")] == [cache.path.name]
-    assert cache.nbytes == sum(cache.frames(clip) for clips in corpus.splits.values() for clip in clips) * 8 * 2
+    frames = sum(cache.frames(clip) for clips in corpus.splits.values() for clip in clips)
+    assert cache.features.nbytes == frames * 8 * 2
 
     features, bases = cache[corpus.splits["test"][2]], []
     assert not features.flags.writeable and not features.flags.owndata
