@@ -399,7 +399,8 @@ def q3_alignments() -> Figure:
 def q3_length() -> Figure:
     improved = [group for group in read("q3/analysis.json")["groups"] if group["preset"] == "improved"]
     small = next(g["splits"] for g in improved if g["dataset"]["name"] == "spoken corpus" and not g["changes"])
-    large = next((g["splits"] for g in improved if g["dataset"]["name"] == "LJ Speech texts, spoken"), None)
+    texts = [g for g in improved if g["dataset"]["name"] == "LJ Speech texts, spoken"]
+    large = next((g["splits"] for g in texts if "attention_window" not in g["changes"]), None)
     shown = {"test": small["test"], "new words": small["test_new_words"]} | (
         {"LJ texts": large["test"]} if large else {}
     )

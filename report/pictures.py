@@ -51,7 +51,8 @@ def draw_q2(axes) -> str:
 
 def draw_q3(axes) -> str:
     """Validation similarity over the epochs: mean over the seeds, and their range."""
-    pairs = [rows for (_, preset), rows in q3_pairs(RESULT).items() if preset.startswith("improved")]
+    trained = [rows for rows in q3_pairs(RESULT).values() if not rows[0]["scored_again"]]
+    pairs = [rows for rows in trained if rows[0]["preset"].startswith("improved")]
     colours = dict(zip(DECODERS, utils.COLOURS, strict=False))
     for rows, line in zip(pairs, ("-", "--", ":"), strict=False):
         for row in rows:
