@@ -82,6 +82,7 @@ q3-records: $(READY)  ## question 3: make every record that the README quotes, b
 	$(PAPERMILL) runs/q3/memorise.ipynb $(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 \
 	    -y '{overrides: {epochs: 120, warmup_steps: 50}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
+	$(BIN)/python benchmarks/run_q3.py -out results/q3/run.json
 	$(PAPERMILL) runs/q3/homework42.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 42
 	$(PAPERMILL) runs/q3/homework43.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 43
 	$(PAPERMILL) runs/q3/homework44.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 44

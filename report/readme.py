@@ -297,8 +297,9 @@ def q3_cost() -> str:
     speed = min(bench[row["decoder"]]["speech_seconds_per_second"]["wall"]["ours"] for row in rows)
     whole = duration(epochs * 18 * 3600 / speed)  # 18 hours are LJ Speech's training split
     return (
-        f"**Time:** {duration(q3_seconds(rows))} of training on the {data}, both decoders at once, a CPU core each; "
-        f"making the corpus, scoring and drawing come on top. On LJ Speech {epochs} epochs would take about {whole} by "
+        f"**Time:** {duration(read('q3/run.json')['seconds'])} on the {data}, from making it to the page "
+        f"({link('record', 'q3/run.json')}); {duration(q3_seconds(rows))} are training, both decoders at once, a CPU "
+        f"core each. On LJ Speech {epochs} epochs would take about {whole} by "
         f"the speed of the {link('benchmark', 'q3/bench.json')}; that has not been run. **Expect** on the "
         f"{rows[0]['dataset']} a Damerau-Levenshtein similarity of {q3_similarities(rows)}."
     )
@@ -435,9 +436,14 @@ def records() -> str:
 
 def devices() -> str:
     used = {json.loads(path.read_text()).get("device") for path in RESULTS.rglob("*.json")} - {None}
+    made = f"The records were made on: {', '.join(sorted(used))}."
     if used == {"cpu"}:
-        return "**Nothing on this page was measured on a GPU:** every record names the CPU as its device."
-    return f"The records were made on: {', '.join(sorted(used))}."
+        made = "**Nothing on this page was measured on a GPU:** every record names the CPU as its device."
+    difference = read("q3/run.json")["one_and_two"]["relative_difference"]
+    return (
+        f"{made} On a CPU, two processes that share every batch of question 3 have the training losses of one, but for "
+        f"{difference:.0e} of them ({link('record', 'q3/run.json')})."
+    )
 
 
 PARTS = {"results": results, "cost": cost, "benchmarks": benchmarks, "records": records, "devices": devices}

@@ -157,8 +157,7 @@ def describe_similarities(details: list[dict]) -> dict:
         "wrong_transcripts": len(wrong),
         "correlation_with_character_error_rate": correlation,
         "farthest_apart": [
-            {"said": wrong[i][0], "written": wrong[i][1], "by": writer[wrong[i]], **scores[i]}
-            for i in apart[:3]
+            {"said": wrong[i][0], "written": wrong[i][1], "by": writer[wrong[i]], **scores[i]} for i in apart[:3]
         ],
     }
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +171,55 @@ def test_the_record_keeps_its_bars():
         assert decoding["ratio_wall"]["course"] >= 15
         assert decoding["texts_identical"] and decoding["stopped"] == decoding["clips"] >= 32
         assert decoding["steps"] >= 98
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+@pytest.mark.parametrize(("minutes", "difference", "status"), [(9.0, 1e-5, 0), (11.0, 1e-5, 1), (9.0, 0.01, 1)])
+def test_whole_runs_are_timed_and_compared(tmp_path, monkeypatch, minutes, difference, status):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    run_q3 = importlib.import_module("run_q3")
+    clock, notebooks = [0.0], []
+
+    def run(command, check):
+        words = list(map(str, command))
+        clock[0] += 60 * minutes / 2
+        if "papermill" not in words:
+            assert words[-1] == notebooks[0]["out"] and Path(words[-1]).parent.is_dir()
+            return
+        given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+        folder, processes = Path(given["runs_dir"]), int(given.get("processes", 1))
+        assert not list(folder.iterdir())
+        notebooks.append(given | {"out": str(folder / "out.ipynb")})
+        for decoder in given.get("decoders", "lstm transformer").split():
+            record = {"config": {"decoder": decoder}, "processes": processes, "seconds": 200.0, "seed": 42}
+            record |= {"dataset": {"name": "spoken corpus"}, "device": "cpu", "threads": 1}
+            losses = [2.0, 1.0 + difference * (processes - 1)]
+            record |= {"history": [{"train": {"loss": loss}} for loss in losses], "test": {"damerau_levenshtein": 0.9}}
+            (folder / decoder).mkdir()
+            (folder / decoder / "record.json").write_text(json.dumps(record))
+
+    monkeypatch.setattr(run_q3.subprocess, "run", run)
+    monkeypatch.setattr(run_q3.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_q3.utils, "run_environment", dict)
+    monkeypatch.setattr(sys, "argv", ["run_q3.py", "-out", str(tmp_path / "run.json")])
+    assert run_q3.main() == status
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["seconds"] == pytest.approx(60 * minutes) and set(record["training_seconds"]) == set(DECODERS)
+    assert record["one_and_two"]["train_loss"]["1"] == [2.0, 1.0]
+    assert record["one_and_two"]["relative_difference"] == pytest.approx(difference, rel=0.02)
+    assert [n.get("processes") for n in notebooks] == [None, "1", "2"]
+    assert {n["data"] for n in notebooks} == {"spoken"} and len({n["data_dir"] for n in notebooks}) == 1
+
+
+RUN_RECORD = ROOT / "results" / "q3" / "run.json"
+
+
+@pytest.mark.skipif(not RUN_RECORD.exists(), reason="not recorded yet")
+def test_the_record_of_a_whole_run_keeps_its_bars():
+    record = json.loads(RUN_RECORD.read_text())
+    assert record["seconds"] <= 600 and record["dataset"]["kind"] == "spoken" and record["hardware"]["cpus"] == 2
+    assert min(record["damerau_levenshtein"].values()) >= 0.95
+    assert record["one_and_two"]["relative_difference"] <= 1e-3

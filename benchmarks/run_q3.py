@@ -1,0 +1,86 @@
+"""Whole runs of hw2-q3.ipynb by papermill: how long one takes, and one process against two.
+
+    python benchmarks/run_q3.py [-out results/q3/run.json]
+
+1. What `make q3 ARGS="-p data spoken"` does, in an empty folder: the corpus is made, both decoders are trained and
+   scored, the page is written. Nothing else should run meanwhile: the bar of ten minutes is for two idle cores.
+2. The LSTM decoder trained for two epochs by one process and by two, which Accelerate starts and gives half of every
+   batch: the losses of an epoch must be the same but for rounding, which each step's weights hand on to the next.
+
+Exit status 1 if a bar is missed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import utils  # noqa: E402
+
+MINUTES, DIFFERENCE = 10, 1e-3  # bars: wall time; relative, of an epoch's training loss
+SHORT = {"decoders": "lstm", "extra_clips": 1}
+EPOCHS = "{overrides: {epochs: 2}}"
+
+
+def run_notebook(folder: Path, *words: str, **parameters) -> dict[str, dict]:
+    """Run the notebook on the spoken corpus with all it keeps in `folder`; the records of its runs, by decoder."""
+    command = [sys.executable, "-m", "papermill", ROOT / "hw2-q3.ipynb", folder / "out.ipynb", "--cwd", ROOT, *words]
+    named = {"data": "spoken", "data_dir": folder.parent / "data", "runs_dir": folder} | parameters
+    for name, value in named.items():
+        command += ["-p", name, str(value)]
+    folder.mkdir()
+    subprocess.run(command, check=True)
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
+    return {record["config"]["decoder"]: record for record in records}
+
+
+def time_a_run(folder: Path) -> dict:
+    """Seconds of the whole notebook and of its page, in an empty folder, and what came of it."""
+    began = time.monotonic()
+    records = run_notebook(folder)
+    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", folder / "out.ipynb"], check=True)
+    seconds = round(time.monotonic() - began, 1)
+    return {
+        **{key: records["lstm"][key] for key in ("dataset", "seed", "device", "threads")},
+        "seconds": seconds,
+        "training_seconds": {decoder: record["seconds"] for decoder, record in records.items()},
+        "damerau_levenshtein": {d: record["test"]["damerau_levenshtein"] for d, record in records.items()},
+    }
+
+
+def compare_processes(folder: Path) -> dict:
+    """Training losses by epoch, by one process and by two, and their largest relative difference."""
+    losses: dict[str, list[float]] = {}
+    for processes in (1, 2):
+        records = run_notebook(folder / f"by{processes}", "-y", EPOCHS, processes=processes, device="cpu", **SHORT)
+        assert records["lstm"]["processes"] == processes
+        losses[str(processes)] = [epoch["train"]["loss"] for epoch in records["lstm"]["history"]]
+    pairs = zip(*losses.values(), strict=True)
+    return {"train_loss": losses, "relative_difference": max(abs(one / two - 1) for one, two in pairs)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-out", type=Path, metavar="RECORD", help="also write the figures there")
+    args = parser.parse_args()
+    record = utils.run_environment()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        record |= {"load_before": load, **time_a_run(folder / "whole"), "one_and_two": compare_processes(folder)}
+    minutes, difference = record["seconds"] / 60, record["one_and_two"]["relative_difference"]
+    print(f"the whole notebook: {minutes:.1f} minutes (bar: {MINUTES})")
+    print(f"one process and two: losses differ by {difference:.1e} (bar: {DIFFERENCE:.0e})")
+    if args.out:
+        utils.write_json(args.out, record)
+    return int(minutes > MINUTES or difference > DIFFERENCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
