@@ -404,7 +404,7 @@ def q3_length() -> Figure:
     shown = {"test": small["test"], "new words": small["test_new_words"]} | (
         {"LJ texts": large["test"]} if large else {}
     )
-    figure, panels = new_figure(len(shown), height=1.65)
+    figure, panels = new_figure(len(shown), height=1.5)
     for axes, (title, decoders) in zip(panels, shown.items(), strict=True):
         for decoder, (name, colour) in DECODERS.items():
             bins = decoders[decoder]["by_length"]
