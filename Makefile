@@ -100,6 +100,7 @@ q3-ablations: $(READY)  ## question 3: record runs that each leave out or change
 	$(ABLATED) '{overrides: {spec_augment: true}}'
 	$(ABLATED) '{overrides: {dropout: 0.1}}'
 	$(ABLATED) '{overrides: {average_epochs: 3}}'
+	$(ABLATED) '{overrides: {attention_window: 1}}'
 	$(BIN)/python report/transcripts.py
 
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)

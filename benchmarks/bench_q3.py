@@ -112,7 +112,7 @@ class CourseTraining:
 
     def __init__(self, decoder: str, clips: Sequence, sample_rate: int, attention=q3.MultiHeadAttention):
         utils.set_seed(SEED)
-        settings = replace(q3.PRESETS["homework"], hop_length=PADDED_HOP, dropout=0.0)  # the skeleton has no dropout
+        settings = replace(q3.PRESETS["homework"], hop_length=PADDED_HOP)
         self.model = q3.SpeechToText(decoder, settings)
         for block in (*self.model.encoder.blocks, self.model.decoder.cross_block):
             block.attention = attention(settings.width, settings.heads)

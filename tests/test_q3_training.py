@@ -643,8 +643,22 @@ def test_bfloat16_learns_nearly_the_same(folder, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
 
 
-def test_the_precision_is_one_that_accelerate_knows():
-    assert nb.precision(cpu=True) in ("no", "bf16")
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "features", "expected"),
+    [
+        (True, False, {}, "bf16"),  # a GPU that computes with bfloat16
+        (False, False, {}, "no"),  # one that emulates it
+        (True, True, {}, "no"),  # not to be used
+        (True, True, {"avx512_bf16": True}, "bf16"),
+        (None, False, {"amx_bf16": True}, "bf16"),
+        (None, False, {"avx512_bf16": False}, "no"),
+    ],
+)
+def test_bfloat16_is_used_where_the_hardware_computes_with_it(monkeypatch, gpu, cpu, features, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu or including_emulation)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert nb.precision(cpu) == expected
 
 
 # ---------------------------------------------------------------------------------------------------

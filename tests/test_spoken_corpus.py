@@ -166,7 +166,7 @@ def test_every_clip_has_room_for_ctc(sample):
 
 def test_the_corpus_lasts_about_the_hours_it_should(sample):
     seconds = np.mean([clip.size for _, clip in sample]) / SPEECH_RATE
-    assert 1.0 <= seconds * sum(SPOKEN_SPLITS.values()) / 3600 <= 1.5
+    assert 1.0 <= seconds * sum(SPOKEN_SPLITS.values()) / 3600 <= 1.4
 
 
 def test_more_characters_than_sound_are_made_up_for_by_silence():
