@@ -41,9 +41,9 @@ def draw_q2(axes) -> str:
         bars = axes.bar(places + 0.4 * i - 0.2, means, 0.36, yerr=deviations, label=recipe, color=colour)
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     axes.axhline(0.25, color="#555555", linestyle=":", label="chance")
-    axes.set_xticks(places, [data.replace(", ", ",\n") for data in Q2_COMPARED])
+    axes.set_xticks(places, [data.replace(", ", ",\n").replace("on ", "on\n") for data in Q2_COMPARED])
     axes.set_yticks(np.arange(0, 1.1, 0.2))
-    axes.set(xlabel="tested on", ylabel="balanced test accuracy", ylim=(0, 1.38))
+    axes.set(ylabel="balanced test accuracy", ylim=(0, 1.38))
     axes.grid(False, axis="x")
     axes.legend(loc="upper right", fontsize=9)
     return "phantoms, and a real subset of scans"
