@@ -784,7 +784,7 @@ class Reader:
     def __init__(self, text):
         self.tokens = [*text, STOP]
 
-    def start(self, memory, mask):
+    def start(self, audio, audio_lengths):
         return SimpleNamespace(place=torch.zeros(1, dtype=int), select=None)
 
     def step(self, tokens, state):
@@ -797,7 +797,8 @@ class Reader:
 
 def test_a_beam_reads_a_long_text_to_its_end():
     text = [5, 6, 7, 8] * 40
-    model = SimpleNamespace(encoder=lambda audio, lengths: (audio, audio), decoder=Reader(text))
+    decoder = Reader(text)
+    model = SimpleNamespace(start=decoder.start, decoder=decoder)
     model.longest_text = lambda lengths: torch.full_like(lengths, 200)
     assert nb.beam_search(model, torch.zeros(1, 1))[0][0] == text
 
@@ -809,7 +810,7 @@ def test_a_beam_ends_when_what_goes_on_is_far_worse_than_what_is_finished(monkey
         counts, best = [], []
         for seed in range(8):
             decoder = Bigrams(seed)
-            model = SimpleNamespace(encoder=lambda audio, lengths: (audio, audio), decoder=decoder)
+            model = SimpleNamespace(start=decoder.start, decoder=decoder)
             model.longest_text = lambda lengths: torch.full_like(lengths, 10)
             step = decoder.step
             decoder.step = lambda *given, step=step, counts=counts: counts.append(1) or step(*given)
@@ -857,7 +858,7 @@ class Bigrams:
         generator = torch.Generator().manual_seed(seed)
         self.table = 2 * torch.randn(12, 4, 4, generator=generator)  # [place, token, next token]
 
-    def start(self, memory, mask):
+    def start(self, audio, audio_lengths):
         return SimpleNamespace(place=0, select=lambda rows: SimpleNamespace(place=0))
 
     def step(self, tokens, state):
@@ -877,7 +878,7 @@ def test_a_beam_that_holds_every_text_finds_all_and_greedy_never_beats_the_best(
     beaten = 0
     for seed in range(8):
         decoder = Bigrams(seed)
-        model = SimpleNamespace(encoder=lambda audio, lengths: (audio, audio), decoder=decoder)
+        model = SimpleNamespace(start=decoder.start, decoder=decoder)
         model.longest_text = lambda lengths: torch.full_like(lengths, 6)
         found = nb.beam_search(model, audio, width=4**7, margin=math.inf)
         every = [list(tokens) for n in range(7) for tokens in itertools.product(range(3), repeat=n)]
