@@ -1096,6 +1096,7 @@ def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]
                 "changes": first["changes"],
                 "decoder": first["config"]["decoder"],
                 "seeds": [record["seed"] for record in records],
+                "by_heart": learnt_by_heart(first),
                 "scored_again": first.get("scored_again", False),  # then another record has the same training
                 "clips": first[split]["clips"],
                 "minutes": mean_and_deviation([record["seconds"] / 60 for record in records]),

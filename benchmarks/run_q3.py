@@ -24,8 +24,6 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
 
 MINUTES, DIFFERENCE = 10, 1e-3  # bars: wall time; relative, of an epoch's training loss
-SHORT = {"decoders": "lstm", "extra_clips": 1}
-EPOCHS = "{overrides: {epochs: 2}}"
 
 
 def run_notebook(folder: Path, *words: str, **parameters) -> dict[str, dict]:
@@ -56,9 +54,11 @@ def time_a_run(folder: Path) -> dict:
 
 def compare_processes(folder: Path) -> dict:
     """Training losses by epoch, by one process and by two, and their largest relative difference."""
-    losses: dict[str, list[float]] = {}
+    losses = {}
+    short = {"decoders": "lstm", "extra_clips": 1, "device": "cpu"}
     for processes in (1, 2):
-        records = run_notebook(folder / f"by{processes}", "-y", EPOCHS, processes=processes, device="cpu", **SHORT)
+        words = "-y", "{overrides: {epochs: 2}}"
+        records = run_notebook(folder / f"by{processes}", *words, processes=processes, **short)
         assert records["lstm"]["processes"] == processes
         losses[str(processes)] = [epoch["train"]["loss"] for epoch in records["lstm"]["history"]]
     pairs = zip(*losses.values(), strict=True)

@@ -248,9 +248,8 @@ def q3_rows(split: str = "test") -> list[dict]:
     rows = utils.summarise_speech_runs(RESULTS / "q3", split)
     unchanged = {(row["dataset"], row["preset"], row["decoder"]) for row in rows if not row["changes"]}
     for row in rows:
-        memorised = utils.learnt_by_heart(read(f"q3/{row['files'][0]}"))
         changed = row["changes"] and (row["dataset"], row["preset"], row["decoder"]) in unchanged
-        row["role"] = BY_HEART if memorised else CHANGE if changed else RESULT
+        row["role"] = BY_HEART if row["by_heart"] else CHANGE if changed else RESULT
         row["data"] = f"{row['dataset']} ({SPEECH[row['kind']]})"
         if row["changes"]:
             row["preset"] += f" ({', '.join(f'{name} {value}' for name, value in row['changes'].items())})"
