@@ -45,8 +45,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
+import runs
 import utils
-from utils import InputError, number
+from runs import InputError, number
 
 # ---------------------------------------------------------------------------------------------------
 # The series and its feature map
@@ -1005,14 +1006,14 @@ def summarise(point: dict) -> dict:
     for num_terms, trials in point["terms"].items():
         errors, bounds = ([trial[name] for trial in trials] for name in ("error", "bound"))
         terms[str(num_terms)] = {
-            "error": utils.mean_and_deviation(errors) if None not in errors else None,
+            "error": runs.mean_and_std(errors) if None not in errors else None,
             "bound": max(bounds) if math.isfinite(max(bounds)) else None,
             "runs_with_negative_weights": sum(trial["negative"] for trial in trials),
             "runs_without_result": errors.count(None),
         }
     return {
         "deviation": point["deviation"],
-        "mean_of_v": utils.mean_and_deviation(point["mean_of_v"]),
+        "mean_of_v": runs.mean_and_std(point["mean_of_v"]),
         "terms": terms,
     }
 
@@ -1268,7 +1269,7 @@ QUICK = RECORDED | {"lengths": [128, 256, 512, 1024], "error_length": 256, "seed
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(
+    parser = runs.Parser(
         prog="attention_approx.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, count, seed = parser.add_argument, number(int, 1), number(int, 0, 2**32)
@@ -1337,15 +1338,15 @@ def run(args: argparse.Namespace) -> None:
     record["costs"] = measure_costs(args, device)
     print_costs(record)
     record |= {"seed": args.seeds[0], "seconds": time.perf_counter() - started}
-    record |= {"device": str(device), "threads": args.threads} | utils.run_environment(device)
-    utils.write_json(out, record)
+    record |= {"device": str(device), "threads": args.threads} | runs.run_environment(device)
+    runs.write_json(out, record)
     draw(record, figures)
     print(f"\n{record['seconds']:.0f} s; record {out}, figures in {figures}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted."""
-    return utils.run_script("attention_approx.py", parse_arguments, run, arguments, "stopped, nothing was written")
+    return runs.run_script("attention_approx.py", parse_arguments, run, arguments, "stopped, nothing was written")
 
 
 if __name__ == "__main__":

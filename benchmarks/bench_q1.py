@@ -10,7 +10,6 @@ beats all pairs, on which method="auto" rests. `-scale 0.25` shortens all sequen
 bar is missed.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import attention_approx as q1
-import utils
+import runs
 
 LENGTH = 8192
 FORWARD_BARS = {8: 0.015, 16: 0.06, 32: 0.16, 64: 0.45}
@@ -208,13 +207,13 @@ def judge(record: dict, scale: float) -> list[dict]:
 
 
 def main() -> int:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-rounds", type=utils.number(int, 1), default=25)
-    parser.add_argument("-scale", type=utils.number(float, 0, 2, low_fits=False), default=1.0, help="of all lengths")
+    parser = runs.Parser(description=__doc__)
+    parser.add_argument("-rounds", type=runs.number(int, 1), default=25)
+    parser.add_argument("-scale", type=runs.number(float, 0, 2, low_fits=False), default=1.0, help="of all lengths")
     parser.add_argument("-out", type=Path, help="write a record")
     args = parser.parse_args()
 
-    utils.git_state()
+    runs.git_state()
     torch.set_num_threads(1)
     record = measure(args.rounds, args.scale)
     record["bars"] = judge(record, args.scale)
@@ -233,7 +232,7 @@ def main() -> int:
     if args.out:
         about = {"config": {"rounds": args.rounds, "scale": args.scale, "num_terms": 3, "dtype": "float32"}}
         about["dataset"] = {"name": "normal random numbers, scores of deviation 1/4", "kind": "random"}
-        utils.write_json(args.out, about | record | {"threads": 1, "device": "cpu"} | utils.run_environment())
+        runs.write_json(args.out, about | record | {"threads": 1, "device": "cpu"} | runs.run_environment())
     return 0 if all(bar["kept"] for bar in record["bars"]) else 1
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import runs
 import utils
 from utils import InputError
 
@@ -317,8 +318,8 @@ def show(record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-rounds", type=utils.number(int, 1), default=3)
+    parser = runs.Parser(description=__doc__)
+    parser.add_argument("-rounds", type=runs.number(int, 1), default=3)
     parser.add_argument("-data", default="spoken", help="to train on: ljspeech, spoken, or a folder")
     parser.add_argument("-data_dir", type=Path, default=Path("data"))
     parser.add_argument("-checkpoints", type=Path, nargs=2, metavar=("LSTM", "TRANSFORMER"), help="two files model.pt")
@@ -326,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-out", type=Path, help="write a record")
     args = parser.parse_args(arguments)
 
-    utils.git_state()
+    runs.git_state()
     torch.set_num_threads(1)
     try:
         record = measure(args)
@@ -335,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     record["bars"] = judge(record)
     show(record)
     if args.out:
-        utils.write_json(args.out, record | {"threads": 1, "device": "cpu"} | utils.run_environment())
+        runs.write_json(args.out, record | {"threads": 1, "device": "cpu"} | runs.run_environment())
     same = all(result["texts_identical"] for result in record["decoding"].values())
     return 0 if same and all(bar["kept"] for bar in record["bars"]) else 1
 

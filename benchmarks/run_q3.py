@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import utils  # noqa: E402
+import runs  # noqa: E402
 
 MINUTES, DIFFERENCE = 10, 1e-3  # bars: wall time; relative, of an epoch's training loss
 
@@ -66,10 +66,10 @@ def compare_processes(folder: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-out", type=Path, metavar="RECORD", help="also write the figures there")
     args = parser.parse_args()
-    record = utils.run_environment()
+    record = runs.run_environment()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -78,7 +78,7 @@ def main() -> int:
     print(f"the whole notebook: {minutes:.1f} minutes (bar: {MINUTES})")
     print(f"one process and two: losses differ by {difference:.1e} (bar: {DIFFERENCE:.0e})")
     if args.out:
-        utils.write_json(args.out, record)
+        runs.write_json(args.out, record)
     return int(minutes > MINUTES or difference > DIFFERENCE)
 
 

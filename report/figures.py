@@ -6,6 +6,7 @@ Text stays text in these SVG files: Typst sets it in the report's own font. Matp
 from which that font descends.
 """
 
+import io
 import json
 import math
 import re
@@ -22,8 +23,9 @@ from matplotlib.ticker import PercentFormatter
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from offline_data import oct_phantoms  # noqa: E402
-from utils import COLOURS, write_whole  # noqa: E402
+from offline_data.phantoms import oct_phantoms  # noqa: E402
+from runs import write_whole  # noqa: E402
+from utils import COLOURS  # noqa: E402
 
 FOLDER = ROOT / "report" / "figures" / "report"
 WIDTH = 6.4  # inches: the width of the report's text
@@ -56,12 +58,9 @@ def new_figure(columns: int = 1, height: float = 2.3, width: float = WIDTH):
 
 def save(figure: Figure, name: str) -> None:
     """Write report/figures/report/<name>.svg; the same drawing gives the same bytes."""
-
-    def write(temporary: Path) -> None:
-        figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
-        temporary.write_text(temporary.read_text().replace(MEASURED, SET))
-
-    write_whole(FOLDER / f"{name}.svg", write)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    write_whole(FOLDER / f"{name}.svg", buffer.getvalue().replace(MEASURED, SET).encode())
 
 
 # ---------------------------------------------------------------------------------------------------

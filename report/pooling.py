@@ -20,12 +20,11 @@ is finished.
 """
 
 import argparse
-import dataclasses
 import importlib
 import itertools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -36,8 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import runs
 import utils
-from utils import InputError, OctData, number
+from runs import InputError, number
+from utils import OctData
 
 hw2_q2 = importlib.import_module("hw2-q2")
 
@@ -72,17 +73,22 @@ class PooledCNN(hw2_q2.CNN):
 class PoolingConfig(hw2_q2.Config):
     """The homework's settings, and how to pool."""
 
-    pool: str
+    pool: str = "max"
 
 
 def make_config(args: argparse.Namespace, pool: str, seed: int) -> PoolingConfig:
-    values = hw2_q2.RECIPES["homework"] | {"learning_rate": args.learning_rate, "epochs": args.epochs}
-    return PoolingConfig(recipe="homework", no_maxpool=pool == "stride", seed=seed, pool=pool, **values)
+    values = asdict(hw2_q2.RECIPES["homework"]) | {"learning_rate": args.learning_rate, "epochs": args.epochs}
+    return PoolingConfig(**values | {"no_maxpool": pool == "stride", "seed": seed, "pool": pool})
 
 
-def load_network(path: Path, config: PoolingConfig, device: torch.device) -> PooledCNN:
-    model = PooledCNN(config.dropout, config.pool).to(device)
-    model.load_state_dict(hw2_q2.load_checkpoint(path)["network"])
+def build_network(config: PoolingConfig) -> PooledCNN:
+    return PooledCNN(config.dropout, config.pool)
+
+
+def load_network(path: Path, part: str, config: PoolingConfig, device: torch.device) -> PooledCNN:
+    """The `network` of a best.pt, after its best epoch, or the `model` of a last.pt."""
+    model = build_network(config).to(device)
+    model.load_state_dict(runs.load_checkpoint(path, {part})[part])
     return model.eval()
 
 
@@ -205,18 +211,17 @@ def window_statistics(model: PooledCNN, scans: Tensor) -> dict:
 def train_and_measure(config: PoolingConfig, data: OctData, folder: Path, device: torch.device) -> dict:
     """One network and seed, in a process of its own; a finished training is read instead of repeated."""
     torch.set_num_threads(1)
-    utils.git_state()
+    runs.git_state()
     folder = folder / f"{config.pool}-lr{config.learning_rate:g}-seed{config.seed}-epochs{config.epochs}"
+    print(f"{folder}: {'is trained' if (folder / 'record.json').exists() else 'trains'}", flush=True)
     # hw2-q2.py's own loop, with our network in the place of its two; its figures would call `mean` max-pool.
-    exchanged = {"build_network": lambda *_: PooledCNN(config.dropout, config.pool), "draw_run": lambda *_: None}
-    settings = hw2_q2.settings_of(config, data)
-    with hw2_q2.claim_folder(folder, settings, resume=True), mock.patch.multiple(hw2_q2, **exchanged):
-        record = hw2_q2.finished_record(folder)
-        print(f"{folder}: {'trains' if record is None else 'is trained'}", flush=True)
-        try:
-            record = record or hw2_q2.train(config, data, folder, device, resume=True, verbose=False)
-        except hw2_q2.Diverged as error:
-            raise InputError(f"{folder}: {error}") from None
+    make = partial(hw2_q2.train, config, data, folder, device, build=build_network)
+    no_figures = {"draw_run": lambda *_: None, "plot_predictions": lambda *_: None}
+    try:
+        with mock.patch.multiple(hw2_q2, **no_figures):
+            record = runs.do_once(folder, True, hw2_q2.identity(config, data), make)
+    except hw2_q2.Diverged as error:
+        raise InputError(f"{folder}: {error}") from None
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
     return {key: record[key] for key in ("seed", "num_parameters", "best_epoch", "seconds")} | {
         "folder": str(folder),
@@ -226,8 +231,9 @@ def train_and_measure(config: PoolingConfig, data: OctData, folder: Path, device
 
 
 def measure(config: PoolingConfig, folder: Path, record: dict, splits: dict, device: torch.device) -> dict:
-    model, last = (load_network(folder / name, config, device) for name in ("best.pt", "last.pt"))
-    some = {split: images[:: math.ceil(len(images) / NUM_SCANS)] for split, (images, _) in splits.items()}
+    model = load_network(folder / "best.pt", "network", config, device)
+    last = load_network(folder / "last.pt", "model", config, device)
+    sample = {split: images[:: math.ceil(len(images) / NUM_SCANS)] for split, (images, _) in splits.items()}
     return {
         "train": scores(hw2_q2.evaluate(model, *splits["train"])),
         "val": scores(record["val"]),
@@ -235,8 +241,8 @@ def measure(config: PoolingConfig, folder: Path, record: dict, splits: dict, dev
         "test_recall": dict(zip(hw2_q2.SHORT_NAMES, record["test"]["recall"], strict=True)),
         "last_epoch": {split: scores(hw2_q2.evaluate(last, *splits[split])) for split in ("train", "val")},
         "shifts": shift_sensitivity(model, *splits["test"]),
-        "tested_with": scores_pooled_otherwise(model, some["train"], *splits["test"]),
-        "windows": window_statistics(model, some["val"]),
+        "tested_with": scores_pooled_otherwise(model, sample["train"], *splits["test"]),
+        "windows": window_statistics(model, sample["val"]),
     }
 
 
@@ -254,32 +260,31 @@ def run(args: argparse.Namespace) -> None:
     folder = Path("runs/q2/pooling") / f"{name}-{data.description['sha256'][:8]}"
     configs = [make_config(args, pool, seed) for seed in args.seeds for pool in POOLS]
     parallel = joblib.Parallel(n_jobs=args.jobs, pre_dispatch="n_jobs", batch_size=1, mmap_mode="c")
-    runs = parallel(joblib.delayed(train_and_measure)(config, data, folder, device) for config in configs)
+    trained = parallel(joblib.delayed(train_and_measure)(config, data, folder, device) for config in configs)
 
-    by_pool = {pool: runs[i :: len(POOLS)] for i, pool in enumerate(POOLS)}
-    measures = {pool: [run["measures"] for run in runs] for pool, runs in by_pool.items()}
+    by_pool = {pool: trained[i :: len(POOLS)] for i, pool in enumerate(POOLS)}
+    measures = {pool: [run["measures"] for run in group] for pool, group in by_pool.items()}
     record = {
-        "config": {k: v for k, v in dataclasses.asdict(configs[0]).items() if k not in ("pool", "no_maxpool", "seed")},
+        "config": {k: v for k, v in asdict(configs[0]).items() if k not in ("pool", "no_maxpool", "seed")},
         "dataset": data.description,
         "seeds": args.seeds,
         "chosen_by": f"val_{hw2_q2.CHOOSE_BY['homework']}",
-        "networks": {pool: {"summary": utils.summarise(measures[pool]), "runs": by_pool[pool]} for pool in POOLS},
+        "networks": {pool: {"summary": runs.summarise(measures[pool]), "runs": by_pool[pool]} for pool in POOLS},
         # A seed gives the three networks the same first weights and the same batches: differences are by pairs.
         "max_minus": {
-            pool: utils.summarise(list(map(difference, measures["max"], measures[pool]))) for pool in ("stride", "mean")
+            pool: runs.summarise(list(map(difference, measures["max"], measures[pool]))) for pool in ("stride", "mean")
         },
-        "seconds": round(sum(run["seconds"] for run in runs), 1),
+        "seconds": round(sum(run["seconds"] for run in trained), 1),
         "jobs": args.jobs,
-        "device": str(device),
-        "threads": 1,
-        **utils.run_environment(device),
+        **runs.run_environment(device),
     }
-    utils.write_json(args.out or Path(f"results/q2/pooling-{name}.json"), record)
+    runs.write_json(args.out or Path(f"results/q2/pooling-{name}.json"), record)
     print_record(record)
 
 
 def print_record(record: dict) -> None:
-    print(f"\n{record['dataset']['name']} ({record['dataset']['kind']}), seeds {record['seeds']}, mean ± deviation")
+    dataset = record["dataset"]
+    print(f"\n{dataset['name']} ({dataset['kind']}), seeds {record['seeds']}, mean ± standard deviation")
     names = ("train loss", "train balanced", "val balanced", "test balanced", "changed by 1")
     print(" " * 8 + "".join(f"{name:>17s}" for name in names))
     for pool, network in record["networks"].items():
@@ -290,11 +295,11 @@ def print_record(record: dict) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(prog="pooling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.Parser(__doc__, "pooling.py")
     add, rate = parser.add_argument, number(float, 0, low_fits=False)
     add("-data", default="phantom", help="phantom (default), octmnist, auto, an .npz, or a folder of class folders")
     add("-data_dir", type=Path, default=Path("data"), help="where OCTMNIST lies or is saved (default: data)")
-    add("-epochs", type=number(int, 1), default=hw2_q2.RECIPES["homework"]["epochs"], help="default: 15")
+    add("-epochs", type=number(int, 1), default=hw2_q2.RECIPES["homework"].epochs, help="default: 15")
     add("-learning_rate", type=rate, default=0.1, help="default: 0.1, which hw2-q2.py's grid chose")
     add("-seeds", type=number(int, 0, 2**32), nargs="+", default=[42, 43, 44], help="default: 42 43 44")
     add("-jobs", type=number(int, 1, 1025), default=2, help="processes (default: 2)")
@@ -308,7 +313,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted."""
-    return utils.run_script("pooling.py", parse_arguments, run, arguments, "stopped; the same command goes on")
+    return runs.run_script("pooling.py", parse_arguments, run, arguments, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

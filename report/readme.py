@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
 from attention_approx import crossover_sentence  # noqa: E402
 from offline_data import OCTMNIST_CLASS_COUNTS  # noqa: E402
+from runs import summarise_speech_runs  # noqa: E402
 
 
 class NotRecorded(Exception):
@@ -245,7 +245,7 @@ def q3_rows(split: str = "test") -> list[dict]:
 
     BY_HEART: scored on the clips it was trained on. CHANGE: an unchanged run on the same data is recorded too.
     """
-    rows = utils.summarise_speech_runs(RESULTS / "q3", split)
+    rows = summarise_speech_runs(RESULTS / "q3", split)
     unchanged = {(row["dataset"], row["preset"], row["decoder"]) for row in rows if not row["changes"]}
     for row in rows:
         changed = row["changes"] and (row["dataset"], row["preset"], row["decoder"]) in unchanged

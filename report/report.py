@@ -38,9 +38,9 @@ def main() -> int:
 
     sys.path.insert(0, str(HERE.parent))
     figures.draw_all()
-    from utils import write_whole
+    from runs import write_whole
 
-    write_whole(path, lambda temporary: temporary.write_bytes(typeset()))
+    write_whole(path, typeset())
     print(path)
     return 0
 

@@ -16,14 +16,8 @@ from scipy.stats import pearsonr, spearmanr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (  # noqa: E402
-    learnt_by_heart,
-    mean_and_deviation,
-    notebook_definitions,
-    run_environment,
-    summarise,
-    write_json,
-)
+from runs import learnt_by_heart, mean_and_std, run_environment, summarise, write_json  # noqa: E402
+from utils import notebook_definitions  # noqa: E402
 
 OUT = ROOT / "results" / "q3" / "analysis.json"
 nb = notebook_definitions(ROOT / "hw2-q3.ipynb")
@@ -88,7 +82,7 @@ def describe_decoder(runs: list[dict], split: str) -> dict:
     pairs = [pairs_of(run, split) for run in runs]
     described = {
         "seeds": [run["seed"] for run in runs],
-        "commonest": mean_and_deviation([commonest_share(p) for p in pairs]),
+        "commonest": mean_and_std([commonest_share(p) for p in pairs]),
         "kinds": summarise([kinds_of_errors(p) for p in pairs]),
         "by_length": [summarise(list(group)) for group in zip(*map(error_by_length, pairs), strict=True)],
     }
@@ -149,7 +143,7 @@ def describe_similarities(details: list[dict]) -> dict:
     apart = sorted(range(len(wrong)), key=lambda i: scores[i]["damerau_levenshtein"] - scores[i]["jaccard"])
     return {
         "made": {
-            kind: {name: mean_and_deviation([nb.string_similarities(*p)[name] for p in pairs]) for name in names}
+            kind: {name: mean_and_std([nb.string_similarities(*p)[name] for p in pairs]) for name in names}
             for kind, pairs in made.items()
         },
         "sentences": len(said),

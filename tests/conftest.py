@@ -18,7 +18,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 REAL_SCANS = ROOT.parent / "shared" / "data" / "oct"
 needs_real_scans = pytest.mark.skipif(not REAL_SCANS.is_dir(), reason="the real scans are not at hand")
 
-import offline_data  # noqa: E402
+from offline_data.phantoms import oct_phantoms  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def q2():
 @pytest.fixture(scope="session")
 def small_arrays():
     """A few phantoms in OCTMNIST's layout: enough for every code path, too few to learn much."""
-    return offline_data.oct_phantoms(num_train=203, num_val=60, num_test=40)
+    return oct_phantoms(num_train=203, num_val=60, num_test=40)
 
 
 @pytest.fixture

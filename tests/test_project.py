@@ -25,6 +25,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+import runs
 import utils
 
 README = (ROOT / "README.md").read_text()
@@ -79,7 +80,7 @@ def test_the_readme_sorts_the_records_of_question_3(tmp_path):
         about = original["dataset"] | {"name": dataset, "kind": kind, "sha256": name}
         config = original["config"] | {"preset": preset} | changes
         copy = original | {"dataset": about, "changes": changes, "config": config, "command": command}
-        utils.write_json(tmp_path / "q3" / f"{name}.json", copy)
+        runs.write_json(tmp_path / "q3" / f"{name}.json", copy)
 
     add("texts", "LJ Speech texts, spoken", "spoken", {"epochs": 6})
     add("heart", "LJ Speech: 32 clips", "real", {"epochs": 120}, "papermill hw2-q3.ipynb out.ipynb -p memorise 32")

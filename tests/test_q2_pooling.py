@@ -14,6 +14,8 @@ from scipy import ndimage
 from test_q2_network import forward_in_numpy
 from torch.nn.utils import parameters_to_vector
 
+import runs
+
 METRICS = {"loss", "accuracy", "balanced_accuracy", "macro_auc"}
 
 
@@ -219,9 +221,11 @@ def test_trainings_equal_those_of_hw2_q2(q2, pooling, small_npz, tmp_path, monke
         run = pooling.train_and_measure(pooling.make_config(args, pool, 42), data, tmp_path / "ours", device)
         flags = ["-epochs", "2", "-learning_rate", "0.1", *["-no_maxpool"] * no_maxpool]
         assert q2.main(["-data", str(small_npz), "-device", "cpu", "-out", f"plain-{pool}", *flags]) == 0
-        ours, plain = (q2.load_checkpoint(tmp_path / f / "best.pt") for f in (run["folder"], f"plain-{pool}"))
-        assert all(map(torch.equal, ours["network"].values(), plain["network"].values()))
-        assert ours["history"] == plain["history"]
+        folders = [tmp_path / folder for folder in (run["folder"], f"plain-{pool}")]
+        ours, plain = (runs.load_checkpoint(folder / "best.pt", {"network"})["network"] for folder in folders)
+        assert ours.keys() == plain.keys() and all(map(torch.equal, ours.values(), plain.values()))
+        ours, plain = (runs.read_json(folder / "record.json")["history"] for folder in folders)
+        assert ours == plain and len(ours) == 2
 
 
 def test_bad_input_is_one_line_and_status_2(call, small_npz, tmp_path):

@@ -1,19 +1,28 @@
 """Training: the course's optimisation to the bit, and the parts of the strong recipe."""
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
+import runs
 import utils
 
 
-def homework_state(q2, **changes):
-    config = q2.Config("homework", no_maxpool=False, seed=7, **q2.RECIPES["homework"])
-    return q2.TrainingState(dataclasses.replace(config, **changes), torch.device("cpu"), dataset={})
+def start(q2, config):
+    """Network and optimizer as a run begins with them."""
+    utils.set_seed(config.seed)
+    model = q2.build_network(config)
+    return model, q2.make_optimizer(config, model)
+
+
+def homework(q2, **changes):
+    return dataclasses.replace(q2.RECIPES["homework"], **{"seed": 7} | changes)
 
 
 def tensors(arrays):
@@ -48,24 +57,22 @@ def test_bit_identical_to_the_course_loop(q2, small_arrays, monkeypatch, no_maxp
     images, labels = tensors(small_arrays)  # 203 scans: the last batch has 3
     expected, expected_losses, sizes = course_loop(q2, images, labels, 2, no_maxpool, l2_decay)
     assert sizes[-1] == 3
-    state = homework_state(q2, no_maxpool=no_maxpool, l2_decay=l2_decay)
-    losses = []
-    for _ in range(2):
-        losses.append(q2.train_epoch(state, images, labels))
-        state.history.append({})
-    assert torch.equal(parameters_to_vector(state.model.parameters()), expected)
+    config = homework(q2, no_maxpool=no_maxpool, l2_decay=l2_decay)
+    model, optimizer = start(q2, config)
+    losses = [q2.train_epoch(model, optimizer, images, labels, config, epoch) for epoch in range(2)]
+    assert torch.equal(parameters_to_vector(model.parameters()), expected)
     # The epoch's loss weighs each example alike: the ragged batch counts less than a whole one.
     assert losses == pytest.approx(expected_losses, rel=1e-6)
 
 
-def test_a_deviation_of_one_random_draw_is_seen(q2, small_arrays):
+def test_one_random_draw_more_is_seen(q2, small_arrays):
     """The comparison above can fail: one draw more, and the parameters differ."""
     images, labels = tensors(small_arrays)
     expected, _, _ = course_loop(q2, images, labels, 1)
-    state = homework_state(q2)
+    model, optimizer = start(q2, homework(q2))
     torch.rand(1)
-    q2.train_epoch(state, images, labels)
-    assert not torch.equal(parameters_to_vector(state.model.parameters()), expected)
+    q2.train_epoch(model, optimizer, images, labels, homework(q2))
+    assert not torch.equal(parameters_to_vector(model.parameters()), expected)
 
 
 def test_balanced_order_draws_every_class_alike(q2):
@@ -102,15 +109,14 @@ def test_cosine_learning_rate(q2):
 
 
 def test_strong_recipe_learns_and_keeps_an_average_of_the_weights(q2, small_arrays):
-    config = q2.Config("strong", no_maxpool=False, seed=0, **q2.RECIPES["strong"])
-    state = q2.TrainingState(dataclasses.replace(config, epochs=8), torch.device("cpu"), dataset={})
-    losses = []
-    for _ in range(8):
-        losses.append(q2.train_epoch(state, *tensors(small_arrays)))
-        state.history.append({})
+    config = dataclasses.replace(q2.RECIPES["strong"], seed=0, epochs=8)
+    model, optimizer = start(q2, config)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    data = tensors(small_arrays)
+    losses = [q2.train_epoch(model, optimizer, *data, config, epoch, average) for epoch in range(8)]
     assert losses[-1] < losses[0] - 0.1
-    average, latest = (torch.cat([p.flatten() for p in m.parameters()]) for m in (state.averaged, state.model))
-    assert 0 < (average - latest).norm() < latest.norm()
+    averaged, latest = (torch.cat([p.flatten() for p in m.parameters()]) for m in (average, model))
+    assert 0 < (averaged - latest).norm() < latest.norm()
 
 
 def small_data(arrays, name="small"):
@@ -126,9 +132,8 @@ def test_the_best_epoch_is_kept_and_the_test_split_is_touched_once(q2, small_arr
         return real(model, images, batch_size)
 
     monkeypatch.setattr(q2, "predict", spy)
-    config = q2.Config("homework", no_maxpool=False, seed=1, **q2.RECIPES["homework"] | {"epochs": 6})
-    config = dataclasses.replace(config, learning_rate=0.1)
-    record = q2.train(config, data, tmp_path / "run", torch.device("cpu"), resume=False, verbose=False)
+    config = homework(q2, seed=1, epochs=6, learning_rate=0.1)
+    record = q2.train(config, data, tmp_path / "run", torch.device("cpu"))
 
     test_bytes = data.splits["test"][0].tobytes()
     assert looked_at.count(test_bytes) == 1 and looked_at[-1] == test_bytes
@@ -137,13 +142,11 @@ def test_the_best_epoch_is_kept_and_the_test_split_is_touched_once(q2, small_arr
     assert best["val_accuracy"] == max(accuracies) == record["val"]["accuracy"]
     assert best["val_loss"] == min(e["val_loss"] for e in record["history"] if e["val_accuracy"] == max(accuracies))
     # best.pt holds those very weights; last.pt is of the last epoch.
-    content = q2.load_checkpoint(tmp_path / "run" / "best.pt")
-    model = q2.CNN(0.7)
-    model.load_state_dict(content["model"])
+    model, content = q2.load_network(tmp_path / "run" / "best.pt", torch.device("cpu"))
     val_images, val_labels = map(torch.from_numpy, data.splits["val"])
     assert q2.evaluate(model, val_images, val_labels) == record["val"]
-    assert len(content["history"]) == record["best_epoch"]
-    assert len(q2.load_checkpoint(tmp_path / "run" / "last.pt")["history"]) == 6
+    assert content["best_epoch"] == record["best_epoch"]
+    assert len(runs.load_checkpoint(tmp_path / "run" / "last.pt", {"history"})["history"]) == 6
 
 
 def test_among_equal_epochs_the_lowest_loss_is_kept_and_later_ones_do_not_replace_it(
@@ -156,19 +159,27 @@ def test_among_equal_epochs_the_lowest_loss_is_kept_and_later_ones_do_not_replac
         return real(model, images, labels) | ({} if accuracy is None else {"accuracy": accuracy, "loss": loss})
 
     monkeypatch.setattr(q2, "evaluate", evaluate)
-    config = q2.Config("homework", no_maxpool=False, seed=1, **q2.RECIPES["homework"] | {"epochs": 5})
-    record = q2.train(config, small_data(small_arrays), tmp_path, torch.device("cpu"), resume=False, verbose=False)
+    kept = []
+    save = runs.save_checkpoint
+    monkeypatch.setattr(
+        runs, "save_checkpoint", lambda path, content: (kept.append(copy.deepcopy(content)), save(path, content))
+    )
+    record = q2.train(homework(q2, seed=1, epochs=5), small_data(small_arrays), tmp_path, torch.device("cpu"))
     assert record["best_epoch"] == 3
-    assert len(q2.load_checkpoint(tmp_path / "best.pt")["history"]) == 3
-    assert len(q2.load_checkpoint(tmp_path / "last.pt")["history"]) == 5
+    *epochs, best = kept  # last.pt after each epoch, then best.pt
+    assert [len(content["history"]) for content in epochs] == [1, 2, 3, 4, 5]
+    for name, weights in best["network"].items():
+        assert torch.equal(weights, epochs[2]["model"][name]) and torch.equal(weights, epochs[4]["network"][name])
+    assert not torch.equal(best["network"]["fc3.bias"], epochs[4]["model"]["fc3.bias"])
 
 
 def test_octmnist_is_also_tested_on_the_courses_subset(q2, small_arrays, tmp_path):
     labels = np.repeat(np.arange(4), 250).astype(np.uint8)[:, None]
     images = np.tile(small_arrays["test_images"], (25, 1, 1))
     arrays = small_arrays | {"test_images": images, "test_labels": labels}
-    config = q2.Config("homework", no_maxpool=False, seed=1, **q2.RECIPES["homework"] | {"epochs": 1})
     for name, expected in (("OCTMNIST", 529), ("other", None)):
-        record = q2.train(config, small_data(arrays, name), tmp_path / name, torch.device("cpu"), False, False)
+        record = q2.train(
+            homework(q2, seed=1, epochs=1), small_data(arrays, name), tmp_path / name, torch.device("cpu")
+        )
         assert record["test"]["num_examples"] == 1000
         assert record.get("test_course_subset", {}).get("num_examples") == expected

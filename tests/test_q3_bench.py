@@ -203,7 +203,7 @@ def test_whole_runs_are_timed_and_compared(tmp_path, monkeypatch, minutes, diffe
 
     monkeypatch.setattr(run_q3.subprocess, "run", run)
     monkeypatch.setattr(run_q3.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(run_q3.utils, "run_environment", dict)
+    monkeypatch.setattr(run_q3.runs, "run_environment", dict)
     monkeypatch.setattr(sys, "argv", ["run_q3.py", "-out", str(tmp_path / "run.json")])
     assert run_q3.main() == status
     record = json.loads((tmp_path / "run.json").read_text())

@@ -23,6 +23,7 @@ from accelerate import Accelerator, debug_launcher
 from click.testing import CliRunner
 from test_q3_models import DECODERS, RATE, STOP_BIAS, both_decoders, close, nb, network, talkative, tiny
 
+import runs as run_files
 import utils
 from utils import InputError
 
@@ -336,9 +337,11 @@ def install(patch, place, die):
 
         patch.setattr(torch, "save", half)
     elif place == "before progress.json":
-        before(utils, "write_json", lambda path, record: path.name == "progress.json" and len(record["history"]) == 2)
+        before(
+            run_files, "write_json", lambda path, record: path.name == "progress.json" and len(record["history"]) == 2
+        )
     elif place == "in the middle of progress.json":
-        before(utils.os, "fsync", lambda file: count("fsync") == 2)
+        before(run_files.os, "fsync", lambda file: count("fsync") == 2)
     elif place == "while the old checkpoint is removed":
 
         def remove_some(path, **options):
@@ -349,7 +352,7 @@ def install(patch, place, die):
     elif place == "before model.pt":
         before(nb, "save_model", lambda *args: True)
     else:
-        before(utils, "write_json", lambda path, record: path.name == place.removeprefix("before "))
+        before(run_files, "write_json", lambda path, record: path.name == place.removeprefix("before "))
 
 
 PLACES = {  # and how many epochs count by then
@@ -416,7 +419,7 @@ def test_a_record_names_all_code_that_trained_it_as_it_was_then(folder, tmp_path
 
     def start(commit):
         states = chain([commit], repeat("changed while it trained"))
-        monkeypatch.setattr(utils, "git_state", lambda: {"commit": next(states), "clean": True})
+        monkeypatch.setattr(run_files, "git_state", lambda: {"commit": next(states), "clean": True})
         train(run)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
@@ -560,7 +563,7 @@ def test_a_second_process_does_not_train_the_same_run(folder, interrupted, tmp_p
     run = make_run(folder, tmp_path / "runs")
     shutil.copytree(interrupted, tmp_path / "runs")
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    with utils.lock_folder(run.folder), pytest.raises(InputError) as error:
+    with run_files.lock_folder(run.folder), pytest.raises(InputError) as error:
         train(run)
     assert str(run.folder) in str(error.value) and "another process" in str(error.value)
     for path, content in before.items():
@@ -856,7 +859,7 @@ def test_short_recordings_are_no_error(tmp_path, seconds):
         (np.zeros(30 * RATE), "nothing but silence"),
         (np.full(RATE, 1e-5), "nothing but silence"),
         (np.zeros(0), "holds no samples"),
-        ("no sound", "cannot be read as audio"),
+        ("no sound", "not audio, or damaged"),
         (None, "no such file"),
     ],
 )

@@ -1,6 +1,5 @@
 """Loading speech: folders, bad rows, the download against local servers, features on disk, notebook cells."""
 
-import contextlib
 import hashlib
 import inspect
 import io
@@ -16,7 +15,9 @@ import tarfile
 import threading
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ import torchaudio.datasets.ljspeech
 from conftest import ROOT, tree
 from test_oct_data import Handler, Server
 
-import offline_data
 import utils
+from offline_data import speech
 from utils import InputError
 
 RATE = utils.SPEECH_RATE
@@ -89,11 +90,17 @@ def test_the_description_follows_what_is_said_and_heard(folder):
     assert len(checksums) == 3
 
 
-def test_the_shares_are_the_official_rows_and_no_split_is_empty():
-    assert utils.split_rows(13_100) == {"train": (0, 9825), "val": (9825, 10480), "test": (10480, 13100)}
+def test_the_shares_are_the_official_rows_and_no_split_is_empty(tmp_path):
+    def shares(num_rows):
+        name, kind, rows = utils.describe_folder(tmp_path, num_rows)
+        assert (name, kind) == (tmp_path.name, "real")
+        return rows
+
+    assert shares(13_100) == {"train": range(9825), "val": range(9825, 10480), "test": range(10480, 13100)}
     for num_rows in range(3, 200):
-        (start, val), (first, test), (second, end) = utils.split_rows(num_rows).values()
-        assert 0 == start < val == first < test == second < end == num_rows
+        rows = shares(num_rows)
+        assert list(rows) == ["train", "val", "test"] and all(map(len, rows.values()))
+        assert [row for split in rows.values() for row in split] == [*range(num_rows)]
 
 
 @needs_real_clips
@@ -108,8 +115,9 @@ def test_the_real_clips_are_not_taken_for_the_whole(capsys):
 
 @pytest.mark.skipif(not REAL_TEXTS.is_file(), reason="LJ Speech's texts are not at hand")
 def test_every_row_of_the_real_metadata_has_a_transcript(monkeypatch):
-    monkeypatch.setattr(utils, "read_wav_header", lambda path: (6.6, RATE))
-    lines = utils.read_lines(REAL_TEXTS)
+    header = SimpleNamespace(frames=6 * RATE, samplerate=RATE, extra_info="")
+    monkeypatch.setattr(utils, "open_audio", lambda path: nullcontext(header))
+    lines = REAL_TEXTS.read_bytes().splitlines()
     clips = [utils.read_row(Path("lj"), row, line) for row, line in enumerate(lines)]
     assert len(clips) == len({clip.id for clip in clips}) == utils.LJSPEECH_CLIPS
     assert (clips[0].id, clips[-1].id) == ("LJ001-0001", "LJ050-0278")
@@ -141,11 +149,11 @@ def cut_in_half(path):
         ("C999|raw|text", None, "wavs/C999.wav: no such file"),
         (None, Path.unlink, "wavs/C004.wav: no such file"),
         (None, lambda path: (path.unlink(), path.mkdir()), "wavs/C004.wav: no such file"),
-        (None, lambda path: path.write_bytes(b""), "wavs/C004.wav: cannot be read as audio (Format not recognised.)"),
-        (None, lambda path: path.write_bytes(b"no audio" * 99), "wavs/C004.wav: cannot be read as audio"),
-        (None, lambda path: path.write_bytes(path.read_bytes()[:30]), "wavs/C004.wav: cannot be read as audio"),
-        (None, cut_in_half, "wavs/C004.wav: cut off, 11,885 of 23,814 bytes are there"),
-        (None, write_wav(np.zeros(0)), "wavs/C004.wav: holds no samples"),
+        (None, lambda path: path.write_bytes(b""), "wavs/C004.wav: not audio, or damaged ("),
+        (None, lambda path: path.write_bytes(b"no audio" * 99), "wavs/C004.wav: not audio, or damaged ("),
+        (None, lambda path: path.write_bytes(path.read_bytes()[:30]), "wavs/C004.wav: not audio, or damaged ("),
+        (None, cut_in_half, "wavs/C004.wav is cut off: 11,885 of 23,814 bytes are there"),
+        (None, write_wav(np.zeros(0)), "wavs/C004.wav lasts 0.00 s, not 0.1 to 30 s"),
         (None, write_wav(noise(0.05)), "wavs/C004.wav lasts 0.05 s, not 0.1 to 30 s"),
         (None, write_wav(np.zeros(31 * RATE)), "wavs/C004.wav lasts 31.00 s, not 0.1 to 30 s"),
         (None, write_wav(np.zeros(600 * 8000), rate=8000), "wavs/C004.wav lasts 600.00 s"),
@@ -161,7 +169,7 @@ def test_a_bad_row_gives_one_line_and_the_rest_goes_on(folder, capsys, line, spo
     rows = [clip.row for clip in corpus.splits["train"]]
     assert rows == [0, 1, 2, 3, *range(5, 15)]  # the others stay where they were
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [corpus.left_out[0], "left out: 1 of 20 rows"]
+    assert printed == [corpus.left_out[0], "left out: 1 of 20 clips"]
     assert printed[0].startswith(f"{folder / 'metadata.csv'} line 5: ") and reason in printed[0]
 
 
@@ -171,7 +179,7 @@ def test_many_bad_rows_are_counted_and_five_are_printed(folder, capsys):
     corpus = utils.load_speech(str(folder))
     assert len(corpus.left_out) == 8
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [*corpus.left_out[:5], "... and 3 more", "left out: 8 of 20 rows"]
+    assert printed == [*corpus.left_out[:5], "... and 3 more", "left out: 8 of 20 clips"]
 
 
 def test_clips_that_are_too_long_are_left_out(folder, monkeypatch):
@@ -214,13 +222,14 @@ def test_too_little_is_named(folder, tmp_path):
     (folder / "wavs" / "C015.wav").unlink()
     with pytest.raises(InputError, match="no clip of the val split can be used"):
         utils.load_speech(str(folder))
-    for path in sorted((folder / "wavs").iterdir())[:-2]:
+    for path in (folder / "wavs").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match="2 of 20 rows can be used; at least 3 are needed"):
+    with pytest.raises(InputError, match="no clip of the train split can be used"):
         utils.load_speech(str(folder))
-    (folder / "metadata.csv").write_bytes(b"")
-    with pytest.raises(InputError, match="0 of 0 rows"):
-        utils.load_speech(str(folder))
+    for content, rows in ((b"", 0), (b"a|a|a\nb|b|b", 2)):
+        (folder / "metadata.csv").write_bytes(content)
+        with pytest.raises(InputError, match=rf"metadata\.csv: has {rows} rows, at least 3 are needed"):
+            utils.load_speech(str(folder))
 
 
 def test_three_clips_are_enough(tmp_path):
@@ -263,7 +272,7 @@ def test_corpus_json_gives_name_kind_and_splits(folder):
 )
 def test_a_corpus_json_that_does_not_fit_is_named(folder, about):
     (folder / "corpus.json").write_text(about if isinstance(about, str) else json.dumps(about))
-    with pytest.raises(InputError, match=r"corpus\.json: does not describe a corpus") as error:
+    with pytest.raises(InputError, match=r"corpus\.json: not the description of a corpus, or damaged") as error:
         utils.load_speech(str(folder))
     assert "\n" not in str(error.value)
 
@@ -283,12 +292,12 @@ def spoken(monkeypatch):
             make_corpus(folder)
             (folder / "corpus.json").write_text(json.dumps(ABOUT))
 
-    monkeypatch.setattr(utils.offline_data, "make_spoken_corpus", make)
+    monkeypatch.setattr(speech, "make_spoken_corpus", make)
     return made
 
 
 def test_the_spoken_corpus_is_made_once_for_each_seed(tmp_path, spoken, monkeypatch, capsys):
-    monkeypatch.setattr(utils, "download_ljspeech", lambda data_dir: pytest.fail("it needs no network"))
+    monkeypatch.setattr(utils, "download_ljspeech", lambda target: pytest.fail("it needs no network"))
     for seed in (0, 3, 0):
         corpus = utils.load_speech("spoken", tmp_path / "data", seed)
         assert (corpus.name, corpus.kind) == ("made", "spoken")
@@ -296,18 +305,18 @@ def test_the_spoken_corpus_is_made_once_for_each_seed(tmp_path, spoken, monkeypa
     assert "***" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [offline_data.SpeechError("espeak-ng is missing"), OSError(28, "No space left")])
+@pytest.mark.parametrize("error", [speech.SpeechError("espeak-ng is missing"), OSError(28, "No space left")])
 def test_a_spoken_corpus_that_cannot_be_made_is_named(tmp_path, monkeypatch, error):
     def fail(folder, seed):
         raise error
 
-    monkeypatch.setattr(utils.offline_data, "make_spoken_corpus", fail)
+    monkeypatch.setattr(speech, "make_spoken_corpus", fail)
     with pytest.raises(InputError, match=re.escape(f"the spoken corpus cannot be made: {error}")):
         utils.load_speech("spoken", tmp_path)
 
 
 def test_auto_takes_ljspeech_where_it_is_and_passes_over_a_part(tmp_path, spoken, monkeypatch, capsys):
-    monkeypatch.setattr(utils, "download_ljspeech", lambda data_dir: None)
+    monkeypatch.setattr(utils, "download_ljspeech", lambda target: False)
     folder = make_corpus(tmp_path / "data" / "LJSpeech-1.1")
     monkeypatch.setattr(utils, "LJSPEECH_CLIPS", 20)
     for source in ("auto", "ljspeech"):
@@ -371,9 +380,8 @@ def serve(monkeypatch, archive, tmp_path):
     """Let torchaudio download from a local server."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(utils, "LJSPEECH_CLIPS", 20)
-    monkeypatch.setattr(utils, "LJSPEECH_ARCHIVE", 1e6)
-    monkeypatch.setattr(utils, "LJSPEECH_UNPACKED", 1e6)
-    monkeypatch.setattr(utils, "STALL_SECONDS", 0.7)
+    monkeypatch.setattr(utils, "LJSPEECH_BYTES", 1e6)
+    monkeypatch.setattr(utils, "PATIENCE", 0.7)
     servers = []
 
     def start(behaviour, expected=archive):
@@ -382,7 +390,6 @@ def serve(monkeypatch, archive, tmp_path):
         server.RequestHandlerClass = SlowHandler
         server.url = server.url.replace("octmnist.npz", "LJSpeech-1.1.tar.bz2")
         monkeypatch.setattr(utils, "LJSPEECH_URL", server.url)
-        monkeypatch.setattr(utils, "LJSPEECH_SHA256", digest)
         release = torchaudio.datasets.ljspeech._RELEASE_CONFIGS["release1"]
         monkeypatch.setitem(release, "checksum", digest)
         servers.append(server)
@@ -393,12 +400,8 @@ def serve(monkeypatch, archive, tmp_path):
         threading.Thread(target=lambda s=server: (s.shutdown(), s.server_close()), daemon=True).start()
 
 
-def assert_no_download_goes_on():
-    for thread in threading.enumerate():
-        if thread.name == "ljspeech-download":
-            thread.join(3)
-            assert not thread.is_alive()
-    assert socket.getdefaulttimeout() is None
+def assert_nothing_is_left(data_dir):
+    assert [*data_dir.iterdir()] == [] and socket.getdefaulttimeout() is None
 
 
 def test_the_published_address_and_checksum_are_torchaudios():
@@ -414,7 +417,7 @@ def test_a_good_download_is_unpacked_kept_and_used_again(serve, tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["LJSpeech-1.1"]  # and no archive
     requests = server.requests
     utils.load_speech("ljspeech", tmp_path / "data")
-    assert server.requests == requests > 0
+    assert server.requests == requests > 0 and socket.getdefaulttimeout() is None
 
 
 def test_a_download_is_kept_where_the_system_s_encoding_is_not_utf8(serve, tmp_path, monkeypatch):
@@ -440,19 +443,25 @@ def test_a_bad_network_gives_up_within_seconds_and_leaves_nothing(serve, tmp_pat
     with pytest.raises(InputError, match="could not be downloaded"):
         utils.load_speech("ljspeech", tmp_path / "data")
     assert time.monotonic() - started < 5
-    assert "no download:" in capsys.readouterr().out
-    assert_no_download_goes_on()
-    assert [*(tmp_path / "data").iterdir()] == []
+    assert capsys.readouterr().out.count("no download: ") == 1
+    if (tmp_path / "data").exists():
+        assert_nothing_is_left(tmp_path / "data")
 
 
-@pytest.mark.parametrize("whose", ["torchaudio's", "ours"])
-def test_a_wrong_checksum_is_no_ljspeech(serve, tmp_path, monkeypatch, whose):
-    serve("right", expected=b"another archive" if whose == "torchaudio's" else serve.__defaults__[0])
-    if whose == "ours":  # as if a later torchaudio knew another archive
-        monkeypatch.setattr(utils, "LJSPEECH_SHA256", "0" * 64)
+def test_a_wrong_checksum_is_no_ljspeech(serve, tmp_path, capsys):
+    serve("right", expected=b"another archive")
     with pytest.raises(InputError, match="could not be downloaded"):
         utils.load_speech("ljspeech", tmp_path / "data")
-    assert [*(tmp_path / "data").iterdir()] == []
+    assert "no download: invalid hash value" in capsys.readouterr().out
+    assert_nothing_is_left(tmp_path / "data")
+
+
+def test_an_archive_without_all_clips_is_no_ljspeech(serve, tmp_path, capsys, monkeypatch):
+    serve("right")
+    monkeypatch.setattr(utils, "LJSPEECH_CLIPS", 21)
+    assert not utils.download_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
+    assert "no download: what came is something else, or cut off" in capsys.readouterr().out
+    assert_nothing_is_left(tmp_path / "data")
 
 
 def test_a_dead_port_gives_up_at_once_and_auto_goes_on_with_the_spoken_corpus(
@@ -470,72 +479,47 @@ def test_a_dead_port_gives_up_at_once_and_auto_goes_on_with_the_spoken_corpus(
     assert "*** LJ Speech is not here" in capsys.readouterr().out
 
 
-def test_a_slow_download_goes_on_as_long_as_it_grows(serve, tmp_path, monkeypatch):
+def test_a_slow_download_goes_on_as_long_as_it_is_not_silent(serve, tmp_path):
     serve("slow")  # ten pieces, 0.2 s each: longer than any silence that is waited for
     started = time.monotonic()
     assert utils.load_speech("ljspeech", tmp_path / "data").name == "LJ Speech"
-    assert time.monotonic() - started > 2 * utils.STALL_SECONDS
+    assert time.monotonic() - started > 2 * utils.PATIENCE
 
 
-def test_slow_unpacking_counts_as_growth(serve, tmp_path, monkeypatch):
-    serve("right")
-    extract = tarfile.TarFile.extract
-    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *a, **k: (time.sleep(0.1), extract(*a, **k)))
-    started = time.monotonic()
-    assert utils.load_speech("ljspeech", tmp_path / "data").name == "LJ Speech"
-    assert time.monotonic() - started > 2 * utils.STALL_SECONDS
-
-
-@pytest.mark.parametrize("how", ["disk full", "stuck"])
-def test_half_an_unpacking_is_no_ljspeech(serve, tmp_path, monkeypatch, capsys, how):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_half_an_unpacking_leaves_nothing(serve, tmp_path, monkeypatch, capsys, error):
     serve("right")
     extract, unpacked = tarfile.TarFile.extract, []
 
     def spoiled(tar, member, path):
         unpacked.append(member)
         if len(unpacked) > 12:
-            if how == "disk full":
-                raise OSError(28, "No space left on device")
-            time.sleep(1.8)
+            raise error
         extract(tar, member, path)
 
     monkeypatch.setattr(tarfile.TarFile, "extract", spoiled)
-    assert utils.download_ljspeech(tmp_path / "data") is None
-    expected = "No space left" if how == "disk full" else "nothing came for 1 s"
-    assert f"no download: {expected}" in capsys.readouterr().out.replace("[Errno 28] ", "")
-    assert_no_download_goes_on()
-    assert not utils.is_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
-    assert [path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")] == []
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            utils.download_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
+    else:
+        assert not utils.download_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
+        assert "no download: [Errno 28] No space left" in capsys.readouterr().out
+    assert len(unpacked) == 13
+    assert_nothing_is_left(tmp_path / "data")
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_interrupted_download_does_not_go_on_in_the_background(serve, tmp_path, monkeypatch):
-    server = serve("slow")
-
-    def interrupt(folder):
-        size = sum(path.stat().st_size for path in folder.rglob("*"))
-        if size:
-            raise KeyboardInterrupt
-        return size
-
-    monkeypatch.setattr(utils, "folder_size", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        utils.download_ljspeech(tmp_path / "data")
-    assert server.requests == 1
-    started = time.monotonic()
-    assert_no_download_goes_on()
-    assert time.monotonic() - started < 1  # it would have gone on for two seconds
-    assert [*(tmp_path / "data").iterdir()] == []
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_name_server_that_answers_too_late_starts_no_download(serve, tmp_path, monkeypatch):
+def test_a_dead_name_server_gives_up_and_starts_no_download(serve, tmp_path, monkeypatch, capsys):
     server = serve("right")
+    answers = threading.Event()
     look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (time.sleep(2), look_up(*a, **k))[1])
-    assert utils.download_ljspeech(tmp_path / "data") is None
-    assert_no_download_goes_on()
-    assert server.requests == 0
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (answers.wait(), look_up(*a, **k))[1])
+    started = time.monotonic()
+    assert not utils.download_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
+    assert time.monotonic() - started < 5
+    assert "no download: no answer" in capsys.readouterr().out
+    answers.set()
+    time.sleep(0.3)
+    assert server.requests == 0 and not (tmp_path / "data").exists()
 
 
 def test_what_killed_downloads_left_is_never_used_and_removed_when_old(serve, tmp_path):
@@ -553,21 +537,21 @@ def test_a_download_keeps_the_part_it_replaces(serve, tmp_path):
     part = make_corpus(tmp_path / "LJSpeech-1.1", num_clips=3)
     before = tree(part)
     assert utils.load_speech("auto", tmp_path).name == "LJ Speech"
-    (kept,) = tmp_path.glob("LJSpeech-1.1.part-*")
+    (kept,) = tmp_path.glob("LJSpeech-1.1.broken-*")
     assert tree(kept) == before
 
 
 def test_a_disk_too_small_is_known_before_the_download(serve, tmp_path, monkeypatch, capsys):
     server = serve("right")
-    monkeypatch.setattr(utils, "LJSPEECH_UNPACKED", 1e18)
-    assert utils.download_ljspeech(tmp_path) is None
-    assert "GB are needed" in capsys.readouterr().out and server.requests == 0
+    monkeypatch.setattr(utils, "LJSPEECH_BYTES", 1e18)
+    assert not utils.download_ljspeech(tmp_path / "LJSpeech-1.1")
+    assert f"no download: {tmp_path} has less than" in capsys.readouterr().out and server.requests == 0
 
 
 def test_a_data_folder_that_cannot_be_written_ends_the_download_alone(serve, tmp_path, capsys):
     serve("right")
     (tmp_path / "data").write_text("a file")
-    assert utils.download_ljspeech(tmp_path / "data") is None
+    assert not utils.download_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
     assert "no download:" in capsys.readouterr().out
 
 
@@ -608,8 +592,8 @@ def test_what_lies_above_half_the_new_rate_is_not_folded_down(tmp_path):
     [
         (None, "no such file"),
         (Path.mkdir, "no such file"),
-        (Path.touch, "cannot be read as audio"),
-        (lambda path: path.write_text("text"), "cannot be read as audio"),
+        (Path.touch, "not audio, or damaged"),
+        (lambda path: path.write_text("text"), "not audio, or damaged"),
         (write_wav(np.zeros(0)), "holds no samples"),
         (write_wav(np.full(99, np.nan), subtype="FLOAT"), "no finite numbers"),
     ],
@@ -620,6 +604,12 @@ def test_a_wav_that_cannot_be_used_is_named(tmp_path, spoil, message):
     with pytest.raises(InputError, match=rf"my\.wav: .*{message}") as error:
         utils.read_wav(tmp_path / "my.wav")
     assert "\n" not in str(error.value)
+
+
+def test_samples_without_a_header_are_named(tmp_path):
+    (tmp_path / "my.raw").write_bytes(noise().tobytes())
+    with pytest.raises(InputError, match=r"my\.raw: not audio, or damaged"):
+        utils.read_wav(tmp_path / "my.raw")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -667,18 +657,22 @@ def corpus(folder):
 def test_features_are_made_once_and_mapped_from_one_file(corpus, tmp_path):
     extract = Extract()
     cache = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
-    assert extract.calls == 20 and cache.left_out == []
+    assert extract.calls == 20 and cache.corpus.left_out == []
     assert_cache_is_right(cache, corpus)
-    assert [*tree(tmp_path / "data")] == [cache.path.name]
+    assert [*tree(tmp_path / "data")] == [cache.path.name, cache.path.with_suffix(".json").name]
     frames = sum(cache.frames(clip) for clips in corpus.splits.values() for clip in clips)
-    assert cache.features.nbytes == frames * 8 * 2
+    assert cache.path.stat().st_size == frames * 8 * 2
 
-    features, bases = cache[corpus.splits["test"][2]], []
-    assert not features.flags.writeable and not features.flags.owndata
-    while isinstance(features, np.ndarray):
-        features = features.base
-        bases.append(type(features).__name__)
-    assert "mmap" in bases
+    sent = pickle.dumps(cache)  # to another process
+    assert len(sent) < 0.5 * cache.path.stat().st_size
+    for one in (cache, pickle.loads(sent)):
+        assert_cache_is_right(one, corpus)
+        features, bases = one[corpus.splits["test"][2]], []
+        assert not features.flags.writeable and not features.flags.owndata
+        while isinstance(features, np.ndarray):
+            features = features.base
+            bases.append(type(features).__name__)
+        assert "mmap" in bases
 
     again = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
     assert extract.calls == 20
@@ -689,7 +683,7 @@ def test_features_are_made_once_and_mapped_from_one_file(corpus, tmp_path):
 def test_features_of_real_clips(tmp_path):
     corpus = utils.load_speech(str(REAL_CLIPS))
     cache = utils.cached_features(corpus, Extract(), SETTINGS, tmp_path)
-    assert cache.left_out == []
+    assert cache.corpus.left_out == []
     assert_cache_is_right(cache, corpus)
 
 
@@ -704,18 +698,20 @@ def test_other_settings_have_another_file(corpus, tmp_path):
     assert extract.calls == 40
 
 
-@pytest.mark.parametrize("change", ["audio", "time", "id", "splits", "another folder"])
+@pytest.mark.parametrize("change", ["one sample", "rows", "splits", "another folder"])
 def test_a_changed_corpus_is_extracted_anew(corpus, folder, tmp_path, capsys, change):
     extract = Extract()
     first = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
     path = folder / "wavs" / "C003.wav"
-    if change == "audio":
-        soundfile.write(path, noise(0.7, seed=99), RATE)
-    elif change == "time":
-        os.utime(path, (1, 1))
-    elif change == "id":
-        path.rename(path.with_name("new.wav"))
-        replace_line(folder, 4, "new|3|three")
+    if change == "one sample":  # of the same size, at the same time
+        before, content = path.stat(), bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    elif change == "rows":
+        replace_line(folder, 4, "C004|4|four")
+        replace_line(folder, 5, "C003|3|three")
     elif change == "splits":
         (folder / "corpus.json").write_text(json.dumps(ABOUT))
     else:
@@ -725,42 +721,80 @@ def test_a_changed_corpus_is_extracted_anew(corpus, folder, tmp_path, capsys, ch
     assert extract.calls == 20 + (9 if change == "another folder" else 20)
     assert_cache_is_right(cache, corpus)
     assert (cache.path == first.path) == (change != "another folder")
-    message = "was made from other audio files, splits or settings: the features are made again"
+    message = "made from other audio, splits or settings): the features are made again"
     assert (message in capsys.readouterr().out) == (change != "another folder")
 
 
-def test_a_cache_cut_off_anywhere_is_made_again(corpus, tmp_path, capsys):
+def test_a_corpus_of_the_same_content_is_not_extracted_anew(corpus, folder, tmp_path):
     extract = Extract()
-    path = utils.cached_features(corpus, extract, SETTINGS, tmp_path).path
+    utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    os.utime(folder / "wavs" / "C003.wav", (1, 1))
+    replace_line(folder, 4, "C003|3|another text")
+    corpus = utils.load_speech(str(folder))
+    assert_cache_is_right(utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data"), corpus)
+    assert extract.calls == 20
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Features of three clips: their cache, and a function that looks whether they are made again, and are right."""
+    corpus, extract = utils.load_speech(str(make_corpus(tmp_path / "three", num_clips=3))), Extract()
+    cache = utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data")
+    whole = tree(tmp_path / "data")
+
+    def made_again():
+        before = extract.calls
+        assert_cache_is_right(utils.cached_features(corpus, extract, SETTINGS, tmp_path / "data"), corpus)
+        assert tree(tmp_path / "data") == whole
+        return extract.calls == before + 3
+
+    return cache, made_again
+
+
+@pytest.mark.parametrize("suffix", [".f16", ".json"])
+def test_features_that_are_cut_off_or_missing_are_made_again(three, capsys, suffix):
+    cache, made_again = three
+    path = cache.path.with_suffix(suffix)
     whole = path.read_bytes()
-    for count, share in enumerate([0.0, 1e-3, 0.01, 0.5, 0.9, 0.99, 1 - 1e-3, 1 - 1 / len(whole)], start=1):
+    assert not made_again()
+    for share in (0.0, 0.01, 0.5, 0.9, 1 - 2 / len(whole)):
         path.write_bytes(whole[: int(share * len(whole))])
-        utils.cached_features(corpus, extract, SETTINGS, tmp_path)
-        assert extract.calls == 20 * (count + 1) and path.read_bytes() == whole
+        assert made_again(), share
         printed = capsys.readouterr().out
         assert printed.startswith(f"{path}: ") and printed.endswith(": the features are made again\n")
         assert printed.count("\n") == 1
     for filler in (b"\0", whole[-64:]):  # a file system that forgot what it was told, or wrote it twice
         path.write_bytes(whole[: len(whole) // 2] + filler * 999)
-        utils.cached_features(corpus, extract, SETTINGS, tmp_path)
-        assert "is cut off or damaged" in capsys.readouterr().out
-        assert path.read_bytes() == whole
+        assert made_again()
+    path.unlink()
+    assert made_again()
+    path.write_text("{}")
+    assert made_again()
 
 
-def test_a_cache_with_a_flipped_bit_is_made_again(tmp_path, capsys):
-    corpus = utils.load_speech(str(make_corpus(tmp_path / "three", num_clips=3)))
-    extract, rng = Extract(), np.random.default_rng(0)
-    path = utils.cached_features(corpus, extract, SETTINGS, tmp_path).path
+@pytest.mark.parametrize("suffix", [".f16", ".json"])
+def test_features_with_a_flipped_bit_are_made_again(three, suffix):
+    cache, made_again = three
+    path, rng = cache.path.with_suffix(suffix), np.random.default_rng(0)
     whole = path.read_bytes()
-    places = [*rng.integers(0, len(whole), 40), *range(0, 64, 16), *range(len(whole) - 12, len(whole))]
-    for count, place in enumerate(places, start=1):
+    places = [*rng.integers(0, len(whole), 40), 0, len(whole) - 2]
+    for place in (place for place in places if whole[place] not in b" \n" or suffix == ".f16"):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        utils.cached_features(corpus, extract, SETTINGS, tmp_path)
-        assert extract.calls == 3 * (count + 1), place
-        assert path.read_bytes() == whole
-    assert capsys.readouterr().out.count("the features are made again\n") == len(places)
+        assert made_again(), (place, damaged[place - 20 : place + 20])
+
+
+def killed(target, *arguments, when=lambda: False):
+    """Run a function in a child process that is killed by -9 `when` something holds, if it does not end so itself."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    deadline = time.monotonic() + 30
+    while process.is_alive() and not when() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_kill_9_in_the_middle_leaves_nothing_that_is_used(corpus, tmp_path):
@@ -770,24 +804,34 @@ def test_kill_9_in_the_middle_leaves_nothing_that_is_used(corpus, tmp_path):
         time.sleep(0.1)
         return extract(samples, rate)
 
-    arguments = (corpus, slowly, SETTINGS, data)
-    process = multiprocessing.get_context("fork").Process(target=utils.cached_features, args=arguments)
-    process.start()
-    deadline = time.monotonic() + 30
-    while utils.folder_size(data) == 0 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    something = lambda: data.exists() and any(path.stat().st_size for path in data.iterdir())  # noqa: E731
+    killed(utils.cached_features, corpus, slowly, SETTINGS, data, when=something)
     (part,) = data.iterdir()
     assert part.name.startswith(".features-")
     assert part.stat().st_size > 0
     cache = utils.cached_features(corpus, extract, SETTINGS, data)
     assert extract.calls == 20 and part.exists()  # for all one can tell, another process still writes it
     assert_cache_is_right(cache, corpus)
-    os.utime(part, (time.time() - utils.STALE_SECONDS - 1,) * 2)
+    os.utime(part, (time.time() - 86_401,) * 2)
     utils.cached_features(corpus, extract, SETTINGS, data)
-    assert extract.calls == 20 and [*data.iterdir()] == [cache.path]
+    assert extract.calls == 20 and not part.exists() and len([*data.iterdir()]) == 2
+
+
+def test_kill_9_between_the_two_files_leaves_nothing_that_is_used(corpus, folder, tmp_path, monkeypatch):
+    """The features are those of the new audio, the JSON file beside them still that of the old."""
+    data, extract = tmp_path / "data", Extract()
+    old = utils.cached_features(corpus, extract, SETTINGS, data).path.read_bytes()
+    soundfile.write(folder / "wavs" / "C003.wav", noise(0.53, seed=99), RATE)
+    changed = utils.load_speech(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "write_json", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        killed(utils.cached_features, changed, Extract(), SETTINGS, data)
+    assert next(data.glob("*.f16")).read_bytes() != old
+    soundfile.write(folder / "wavs" / "C003.wav", noise(0.53, seed=3), RATE)  # as it was: what the JSON file says
+    corpus = utils.load_speech(str(folder))
+    cache = utils.cached_features(corpus, extract, SETTINGS, data)
+    assert_cache_is_right(cache, corpus)
+    assert extract.calls == 40 and cache.path.read_bytes() == old
 
 
 def test_an_extraction_that_fails_leaves_nothing(corpus, tmp_path):
@@ -797,10 +841,8 @@ def test_an_extraction_that_fails_leaves_nothing(corpus, tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         utils.cached_features(corpus, fail, SETTINGS, tmp_path / "data")
     shapes = iter([(9, 8), (9, 7)])
-    with pytest.raises(ValueError, match=r"C001\.wav: 7 features a frame, 8 before"):
+    with pytest.raises(ValueError, match="broadcast"):
         utils.cached_features(corpus, lambda s, r: np.zeros(next(shapes), np.float32), SETTINGS, tmp_path / "data")
-    with pytest.raises(ValueError, match=r"must be \[frames, n_mels\], not \[9\]"):
-        utils.cached_features(corpus, lambda s, r: np.zeros(9, np.float32), SETTINGS, tmp_path / "data")
     assert tree(tmp_path / "data") == {}
 
 
@@ -821,11 +863,10 @@ def test_silent_and_broken_audio_is_left_out_and_said_each_time(folder, tmp_path
     huge = lambda s, r: np.where(np.abs(s).max() > 9, 1e9, extract(s / max(1, np.abs(s).max()), r))  # noqa: E731
     for _ in range(2):
         cache = utils.cached_features(corpus, huge, SETTINGS, tmp_path / "data")
-        assert len(cache.left_out) == 1 and cache.corpus.left_out == cache.left_out and corpus.left_out == []
+        assert len(cache.corpus.left_out) == 1 and corpus.left_out == []
         printed = capsys.readouterr().out.splitlines()
-        assert printed == [cache.left_out[0], "left out: 1 of 20 rows"]
-        assert printed[0].startswith(f"{folder / 'metadata.csv'} line 5: ") and reason in printed[0]
-        assert "C004.wav" in printed[0]
+        assert printed == [cache.corpus.left_out[0], "left out: 1 of 20 clips"]
+        assert printed[0].startswith(f"{folder / 'wavs' / 'C004.wav'}: ") and reason in printed[0]
         assert_cache_is_right(cache, corpus, left_out=[4])
         assert cache.corpus.description["counts"]["train"] == 14 and cache.corpus.description["left_out"] == 1
 
@@ -833,7 +874,7 @@ def test_silent_and_broken_audio_is_left_out_and_said_each_time(folder, tmp_path
 def test_a_quiet_clip_is_no_silent_one(folder, tmp_path):
     soundfile.write(folder / "wavs" / "C004.wav", noise() / 2**11, RATE)
     cache = utils.cached_features(utils.load_speech(str(folder)), Extract(), SETTINGS, tmp_path / "data")
-    assert cache.left_out == []
+    assert cache.corpus.left_out == []
 
 
 def test_a_split_of_silence_is_named(folder, tmp_path, capsys):
@@ -843,9 +884,8 @@ def test_a_split_of_silence_is_named(folder, tmp_path, capsys):
     assert "C015.wav: is silent" in capsys.readouterr().out
     for path in (folder / "wavs").iterdir():
         soundfile.write(path, np.zeros(9999), RATE)
-    with pytest.raises(InputError, match="no clip of the train split can be used"):
+    with pytest.raises(InputError, match=r"no clip of the train split can be used \(such as .*C000\.wav: is silent\)"):
         utils.cached_features(utils.load_speech(str(folder)), Extract(), SETTINGS, tmp_path / "data")
-    assert "left out: 20 of 20 rows" in capsys.readouterr().out
 
 
 def test_clips_of_another_rate_are_counted_and_resampled(folder, tmp_path, capsys):
@@ -900,22 +940,7 @@ def test_definitions_are_imported_and_nothing_else_runs(notebook):
     assert module.Box() == module.Box(3) and not hasattr(module, "also_not_run") and not hasattr(module, "no_tags")
     assert pickle.loads(pickle.dumps(module.Box(4))) == module.Box(4)
     assert inspect.getsource(module.area) == "def area(box):\n    # a comment\n    return box.side / zero\n"
-    if sys.version_info < (3, 13):  # later ones trust the line number, which counts from the start of the cell
-        assert inspect.getsource(module.Box) == "@dataclass\nclass Box:\n    side: int = width\n"
     with pytest.raises(ZeroDivisionError) as error:
         module.area(module.Box())
     lines = "".join(traceback.format_exception(error.value))
     assert 'File "hw9-q9.ipynb[cell 4]", line 3, in area\n    return box.side / zero\n' in lines
-
-
-def test_a_definition_that_fails_leaves_no_module(notebook):
-    good = utils.notebook_definitions(notebook)
-    notebook.write_text(notebook.read_text().replace("zero = 0", "zero = 1 / 0"))
-    with pytest.raises(ZeroDivisionError):
-        utils.notebook_definitions(notebook)
-    assert sys.modules["hw9_q9"] is good
-    sys.modules.pop("hw9_q9")
-    with contextlib.suppress(ZeroDivisionError):
-        utils.notebook_definitions(notebook)
-    assert "hw9_q9" not in sys.modules
-    assert re.fullmatch(r"\w+", good.__name__)

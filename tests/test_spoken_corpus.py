@@ -17,8 +17,8 @@ import pytest
 import soundfile
 from conftest import ROOT, tree
 
-import offline_data
-from offline_data import LJ_SPEECH_SPLITS, NEW_WORDS, SPEECH_RATE, SPOKEN_SPLITS, SpeechError, words_of
+from offline_data import speech
+from offline_data.speech import LJ_SPEECH_SPLITS, NEW_WORDS, SPEECH_RATE, SPOKEN_SPLITS, SpeechError, words_of
 
 OFFICIAL = ROOT.parent / "shared" / "data" / "ljspeech_transcripts.csv"
 FRAME = 4 * 256  # samples between the outputs of a recogniser with hop 256 and 4x subsampling
@@ -26,14 +26,14 @@ FRAME = 4 * 256  # samples between the outputs of a recogniser with hop 256 and 
 
 @pytest.fixture(scope="module")
 def sentences():
-    return offline_data.spoken_sentences(seed=0)
+    return speech.spoken_sentences(seed=0)
 
 
 @pytest.fixture(scope="module")
 def sample(sentences):
     """Every 25th row of the corpus, and what is spoken there."""
     texts = [text for split in sentences.values() for text in split]
-    return [(texts[row], offline_data.spoken_clip(texts[row], 0, row)) for row in range(0, len(texts), 25)]
+    return [(texts[row], speech.spoken_clip(texts[row], 0, row)) for row in range(0, len(texts), 25)]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def small_corpus(sentences):
 
     def write(folder, number=6, seed=0, jobs=1):
         rows = [(f"spoken-{n:04d}", text, text) for n, text in enumerate(sentences["train"][:number])]
-        offline_data.write_corpus(folder, "spoken corpus", rows, {"train": (0, number)}, seed, jobs)
+        speech.write_corpus(folder, "spoken corpus", rows, {"train": (0, number)}, seed, jobs)
 
     return write
 
@@ -73,9 +73,7 @@ def test_the_splits_have_their_sizes_and_no_sentence_in_common(sentences):
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_new_words_are_in_one_split_alone_and_all_others_are_in_training(seed):
-    words = {
-        split: [set(words_of(text)) for text in texts] for split, texts in offline_data.spoken_sentences(seed).items()
-    }
+    words = {split: [set(words_of(text)) for text in texts] for split, texts in speech.spoken_sentences(seed).items()}
     heard = set().union(*words["train"])
     assert heard >= set().union(*words["val"], *words["test"])
     new = set(words_of(" ".join(NEW_WORDS.values())))
@@ -87,8 +85,8 @@ def test_new_words_are_in_one_split_alone_and_all_others_are_in_training(seed):
 
 
 def test_a_seed_gives_the_same_sentences_and_another_seed_others(sentences):
-    assert offline_data.spoken_sentences(seed=0) == sentences
-    assert offline_data.spoken_sentences(seed=1)["train"] != sentences["train"]
+    assert speech.spoken_sentences(seed=0) == sentences
+    assert speech.spoken_sentences(seed=1)["train"] != sentences["train"]
 
 
 def test_every_letter_and_every_word_is_frequent_enough_to_learn(sentences):
@@ -112,7 +110,7 @@ def test_sentences_look_like_sentences(sentences):
 def test_no_two_words_sound_alike(sentences):
     words = {word for split in sentences.values() for text in split for word in words_of(text)}
     sounds = Counter()
-    with offline_data.espeak("en-us") as library:
+    with speech.espeak("en-us") as library:
         library.espeak_TextToPhonemes.restype = ctypes.c_char_p
         for word in words | set(words_of(" ".join(NEW_WORDS.values()))):
             text = ctypes.c_char_p(word.encode())
@@ -125,13 +123,13 @@ def test_no_two_words_sound_alike(sentences):
 
 def test_the_same_text_has_the_same_samples_whatever_was_spoken_before():
     text = "The old sailor waited by the river until the boat came home."
-    first = offline_data.speak(text)
-    offline_data.speak("Is it quite cold, or only damp?", words_per_minute=125, pitch=80, pitch_range=90)
-    again = offline_data.speak(text)
+    first = speech.speak(text)
+    speech.speak("Is it quite cold, or only damp?", words_per_minute=125, pitch=80, pitch_range=90)
+    again = speech.speak(text)
     assert np.array_equal(first, again)
     assert first.dtype == np.int16 and first.ndim == 1
     assert 3 < first.size / SPEECH_RATE < 6
-    assert not offline_data.speak("").any()
+    assert not speech.speak("").any()
 
 
 def test_pitch_and_rate_do_what_they_say():
@@ -140,9 +138,9 @@ def test_pitch_and_rate_do_what_they_say():
         return SPEECH_RATE / (60 + np.fft.irfft(power)[60:400].argmax())
 
     text = "The young queen wandered along the road."
-    low, high = (offline_data.speak(text, pitch=pitch, pitch_range=0) for pitch in (30, 75))
+    low, high = (speech.speak(text, pitch=pitch, pitch_range=0) for pitch in (30, 75))
     assert fundamental(high) > 1.3 * fundamental(low)
-    assert offline_data.speak(text, words_per_minute=110).size > 1.2 * offline_data.speak(text).size
+    assert speech.speak(text, words_per_minute=110).size > 1.2 * speech.speak(text).size
 
 
 def test_clips_are_speech_with_a_little_noise(sample):
@@ -170,26 +168,26 @@ def test_the_corpus_lasts_about_the_hours_it_should(sample):
 
 
 def test_more_characters_than_sound_are_made_up_for_by_silence():
-    clip = offline_data.spoken_clip("a" + 60 * ".", 0, 0)
+    clip = speech.spoken_clip("a" + 60 * ".", 0, 0)
     assert clip.size // FRAME >= 1.2 * 120
 
 
 def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(SpeechError, match="has no voice 'en-mars'"):
-        offline_data.speak("Hello.", voice="en-mars")
+        speech.speak("Hello.", voice="en-mars")
     import espeakng_loader
 
     with monkeypatch.context() as patch:
         patch.setattr(espeakng_loader, "get_library_path", lambda: "/nowhere/libespeak-ng.so")
         with pytest.raises(SpeechError, match="pip install espeakng-loader"):
-            offline_data.speak("Hello.")
+            speech.speak("Hello.")
     with monkeypatch.context() as patch:
         patch.setattr(espeakng_loader, "get_data_path", lambda: "/nowhere/espeak-ng-data")
         with pytest.raises(SpeechError, match="/nowhere/espeak-ng-data"):
-            offline_data.speak("Hello.")
+            speech.speak("Hello.")
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(SpeechError, match="pip install espeakng-loader"):
-        offline_data.speak("Hello.")
+        speech.speak("Hello.")
 
 
 def test_questions_about_scans_do_not_load_espeak():
@@ -212,9 +210,9 @@ def test_the_same_seed_makes_the_same_bytes_in_any_number_of_processes(tmp_path,
 
 def test_the_layout_is_that_of_lj_speech(tmp_path, sentences, monkeypatch):
     small = {split: texts[:3] for split, texts in sentences.items()}
-    monkeypatch.setattr(offline_data, "spoken_sentences", lambda seed: small)
+    monkeypatch.setattr(speech, "spoken_sentences", lambda seed: small)
     folder = tmp_path / "made" / "spoken"
-    offline_data.make_spoken_corpus(folder, seed=3, jobs=1)
+    speech.make_spoken_corpus(folder, seed=3, jobs=1)
     rows = [line.split("|") for line in (folder / "metadata.csv").read_bytes().decode().removesuffix("\n").split("\n")]
     assert [row[1] for row in rows] == [row[2] for row in rows] == [text for split in small.values() for text in split]
     assert {path.stem for path in (folder / "wavs").iterdir()} == {row[0] for row in rows}
@@ -253,8 +251,8 @@ def test_two_that_want_the_same_folder_make_it_once(tmp_path, small_corpus):
 
 
 def test_a_killed_run_leaves_nothing_that_passes_as_complete(tmp_path, small_corpus):
-    command = [sys.executable, ROOT / "offline_data.py", "-out", tmp_path / "spoken", "-jobs", "1"]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, "-m", "offline_data.speech", "-out", tmp_path / "spoken", "-jobs", "1"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".spoken.part-*/wavs/*.wav")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -282,7 +280,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, small_corpus, monkeypatch):
 
 def test_transcripts_keep_rows_and_ids(tmp_path, transcripts):
     folder = tmp_path / "lj"
-    assert offline_data.main(["-transcripts", str(transcripts), "-out", str(folder), "-jobs", "1"]) == 0
+    assert speech.main(["-transcripts", str(transcripts), "-out", str(folder), "-jobs", "1"]) == 0
     assert (folder / "metadata.csv").read_bytes() == transcripts.read_bytes()
     identities = [line.split("|")[0] for line in transcripts.read_text(encoding="utf-8").splitlines()]
     assert sorted(path.stem for path in (folder / "wavs").iterdir()) == sorted(identities)
@@ -291,20 +289,20 @@ def test_transcripts_keep_rows_and_ids(tmp_path, transcripts):
     assert record["splits"] == {"train": [0, 9], "val": [9, 9], "test": [9, 12]}
     # the third column is what is spoken
     samples, _ = soundfile.read(folder / "wavs" / "LJ901-0001.wav", dtype="int16")
-    assert np.array_equal(samples, offline_data.spoken_clip("Printing began in fourteen forty.", 0, 0))
+    assert np.array_equal(samples, speech.spoken_clip("Printing began in fourteen forty.", 0, 0))
 
 
 def test_all_of_lj_speech_has_the_official_splits(tmp_path, monkeypatch):
     path, kept = tmp_path / "metadata.csv", {}
     path.write_text("".join(f"LJ-{n:05d}|a|a\n" for n in range(13_100)))
-    monkeypatch.setattr(offline_data, "write_corpus", lambda *args: kept.update(splits=args[3], rows=args[2]))
-    offline_data.speak_transcripts(path, tmp_path / "out")
+    monkeypatch.setattr(speech, "write_corpus", lambda *args: kept.update(splits=args[3], rows=args[2]))
+    speech.speak_transcripts(path, tmp_path / "out")
     assert kept["splits"] == LJ_SPEECH_SPLITS and len(kept["rows"]) == 13_100
 
 
 @pytest.mark.skipif(not OFFICIAL.is_file(), reason="the transcripts of LJ Speech are not at hand")
 def test_the_transcripts_of_lj_speech_can_be_read():
-    assert len(offline_data.read_metadata(OFFICIAL)) == 13_100
+    assert len(speech.read_metadata(OFFICIAL)) == 13_100
 
 
 @pytest.mark.parametrize(
@@ -326,9 +324,9 @@ def test_bad_metadata_is_one_clear_line(tmp_path, capsys, content, message):
     path, folder = tmp_path / "metadata.csv", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
-    assert offline_data.main(["-transcripts", str(path), "-out", str(folder)]) == 2
+    assert speech.main(["-transcripts", str(path), "-out", str(folder)]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("offline_data.py: ") and said.count("\n") == 1
+    assert said.startswith("offline_data.speech: ") and said.count("\n") == 1
     assert str(path) in said and message in said
     assert not folder.exists()
 
@@ -338,7 +336,7 @@ def test_bad_metadata_is_one_clear_line(tmp_path, capsys, content, message):
 )
 def test_bad_arguments_are_one_clear_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        offline_data.main(arguments)
+        speech.main(arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -346,6 +344,6 @@ def test_bad_arguments_are_one_clear_line(arguments, capsys):
 def test_a_folder_that_is_taken_is_one_clear_line(tmp_path, transcripts, capsys):
     folder = tmp_path / "taken"
     shutil.copytree(transcripts.parent, folder, ignore=shutil.ignore_patterns("taken"))
-    assert offline_data.main(["-transcripts", str(transcripts), "-out", str(folder)]) == 2
+    assert speech.main(["-transcripts", str(transcripts), "-out", str(folder)]) == 2
     said = capsys.readouterr().err
     assert "holds something else" in said and said.count("\n") == 1
