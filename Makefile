@@ -4,11 +4,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+.DEFAULT_GOAL := help
 
-.PHONY: help q1 q1-records q2 q2-grid q2-records q3 lab q3-records q3-ablations q3-lj-text records readme report test lint bench clean
+.PHONY: help q1 q2 q2-grid q3 lab test lint bench clean
+.PHONY: q1-records q2-records q3-records q3-ablations q3-lj-text records weights readme report
 
 help:           ## this list
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ -/'
+	@awk -F ':.*## ' '/^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	    /^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -16,26 +19,46 @@ $(READY): requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
 	@touch $@
 
-q1: $(READY)    ## question 1: tables, curves and figures of attention in linear time (two minutes)
+##@ What everyone uses
+
+q1: $(READY)    ## question 1: tables and figures of attention in linear time (2 minutes)
 	$(BIN)/python attention_approx.py -out runs/q1/record.json $(ARGS)
 
-q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms where it cannot be had
+q2: $(READY)    ## question 2: train on OCTMNIST, or on phantoms where it cannot be had (4 minutes)
 	$(BIN)/python hw2-q2.py $(ARGS)
 
-q2-grid: $(READY)  ## question 2, whole: three learning rates, the choice, no max-pool, three seeds
+q2-grid: $(READY)  ## question 2, whole: three rates, the choice, no max-pool, three seeds
 	$(BIN)/python hw2-q2.py -grid -seeds 42 43 44 -jobs 2 $(ARGS)
 
 # Question 3 is a notebook: papermill runs it from top to bottom, nbconvert makes a page of the result.
 PAPERMILL := $(BIN)/papermill hw2-q3.ipynb --kernel python3 --log-output --no-progress-bar
 
-q3: $(READY)    ## question 3: train both decoders on LJ Speech, or on a spoken corpus where it cannot be had (ten minutes; LJ Speech: hours without a GPU)
+q3: $(READY)    ## question 3: both decoders, on LJ Speech or a spoken corpus (10 minutes, or hours)
 	@mkdir -p runs/q3
 	$(PAPERMILL) runs/q3/hw2-q3.ipynb $(ARGS)
 	$(BIN)/jupyter nbconvert --log-level ERROR --to html runs/q3/hw2-q3.ipynb
 	@echo "open runs/q3/hw2-q3.html: curves, tables, alignments, transcripts"
 
-lab: $(READY)   ## open the notebook of question 3 in Jupyter
+lab: $(READY)   ## the notebook of question 3 in Jupyter
 	$(BIN)/jupyter lab hw2-q3.ipynb
+
+test: lint      ## lint and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY) ## our code against the plain way (after `make q3 ARGS="-p data spoken"`)
+	$(MAKE) --keep-going -j1 bench-q1 bench-q2 bench-q3
+
+bench-%: $(READY)
+	$(BIN)/python benchmarks/bench_$*.py
+
+clean:          ## remove .venv and caches; data/ and runs/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
+
+##@ What makes the records under results/, and what is drawn and written from them
 
 # Recorded runs: results/ holds their records. They resume, so that an interrupted `make` loses one epoch at most.
 # The real scans are not part of the repository: REAL names an .npz of OCTMNIST's layout.
@@ -46,11 +69,11 @@ SEEDS := seed42 seed43 seed44
 # $(call needs,VARIABLE,example): what a variable names must be there before hours of work begin.
 needs = @test -e $($(1)) || { echo "$($(1)) does not exist: say $(1)=$(2)"; exit 1; }
 
-q1-records: $(READY)  ## question 1: make every record that the README quotes
+q1-records: $(READY)  ## question 1: every record that the README quotes
 	$(BIN)/python attention_approx.py
 	$(BIN)/python benchmarks/bench_q1.py -out results/q1-bench.json
 
-q2-records: $(READY)  ## question 2: make every record that the README quotes (REAL=scans.npz)
+q2-records: $(READY)  ## question 2: every record that the README quotes (REAL=scans.npz)
 	$(call needs,REAL,scans.npz)
 	$(GRID) -data phantom -out results/q2/phantom-homework
 	$(GRID) -data $(REAL) -out results/q2/real-subset-homework
@@ -73,7 +96,7 @@ REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
 RECORDED := -p records_dir results/q3 -p extra_clips 150
 
-q3-records: $(READY)  ## question 3: make every record that the README quotes, but for the long run (REAL_SPEECH=LJSpeech-1.1)
+q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH=LJSpeech-1.1)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
 	@mkdir -p runs/q3
 	$(PAPERMILL) runs/q3/seed42.ipynb $(RECORDED) -p data spoken -p seed 42
@@ -90,7 +113,7 @@ q3-records: $(READY)  ## question 3: make every record that the README quotes, b
 
 # One run of each, to compare with seed 42: what the parts of the preset `improved` are worth.
 ABLATED := $(PAPERMILL) runs/q3/ablated.ipynb $(RECORDED) -p data spoken -y
-q3-ablations: $(READY)  ## question 3: record runs that each leave out or change one part of the preset (an hour; resumes)
+q3-ablations: $(READY)  ## question 3: what single changes of the preset are worth (an hour; resumes)
 	@mkdir -p runs/q3
 	$(ABLATED) '{overrides: {guide_weight: 0}}'
 	$(ABLATED) '{overrides: {ctc_weight: 0, guide_weight: 0}}'
@@ -103,43 +126,35 @@ q3-ablations: $(READY)  ## question 3: record runs that each leave out or change
 	$(ABLATED) '{overrides: {attention_window: 1}}'
 	$(BIN)/python report/transcripts.py
 
-q3-lj-text: $(READY)  ## question 3 on LJ Speech's 13,100 texts, spoken by espeak-ng: hours; resumes (TEXTS=metadata.csv)
+q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=metadata.csv)
 	$(call needs,TEXTS,path/to/metadata.csv)
 	@mkdir -p runs/q3
-	$(BIN)/python offline_data.py -transcripts $(TEXTS) -out data/lj-text
+	$(BIN)/python -m offline_data.speech -transcripts $(TEXTS) -out data/lj-text
 	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12, attention_window: 1}}' $(ARGS)
 	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where
 # the numbers come from". Stopped, it is called again: questions 2 and 3 go on where they were.
-records: $(READY)  ## make every record of all questions, in order: hours; resumes (REAL=, REAL_SPEECH=, TEXTS= as above)
+records: $(READY)  ## all of them, in order: hours; resumes (REAL=, REAL_SPEECH=, TEXTS=)
 	$(MAKE) q1-records
 	$(MAKE) q2-records
 	$(MAKE) q3-records
 	$(MAKE) q3-ablations
 	$(MAKE) q3-lj-text
 
-readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
+# The network that `-predict` uses without -checkpoint: one of the recorded runs, trained again where its best.pt is gone.
+WEIGHTS := weights/q2-strong-phantoms.safetensors
+STRONG := results/q2/phantom-strong/maxpool-lr0.003-seed42
+weights: $(READY)  ## question 2: the trained network in weights/
+	$(Q2) -data phantom -recipe strong -seed 42 -out $(STRONG) -resume
+	rm -f $(WEIGHTS)
+	$(Q2) -export $(WEIGHTS) -checkpoint $(STRONG)/best.pt
+
+readme: $(READY)  ## the figures and tables of README.md
 	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1
 	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
 	$(BIN)/python report/readme.py
 	$(BIN)/python report/pictures.py
 
-report: $(READY)  ## draw the report's figures from results/ and typeset report/report.pdf
+report: $(READY)  ## the report's figures, and report/report.pdf
 	$(BIN)/python report/report.py
-
-lint: $(READY)  ## ruff: lint and format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-test: lint      ## lint and all tests
-	$(BIN)/python -m pytest $(ARGS)
-
-bench: $(READY) ## our code against the plain way, in one process: Q1 attention, Q2 training loop, Q3 training and decoding (after `make q3 ARGS="-p data spoken"`)
-	$(MAKE) --keep-going -j1 bench-q1 bench-q2 bench-q3
-
-bench-%: $(READY)
-	$(BIN)/python benchmarks/bench_$*.py
-
-clean:          ## remove .venv and caches; data/ and runs/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

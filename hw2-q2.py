@@ -116,6 +116,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
+from functools import partial
 
 import joblib
 import numpy as np
@@ -321,7 +322,7 @@ def train_epoch(model, optimizer, images, labels, config, epoch=0, average=None,
             elif x.is_cuda:  # at batch size 8, launching the kernels takes longer than running them: CUDA graphs
                 if len(x) not in networks:  # a whole batch and the ragged last one
                     with torch.random.fork_rng():  # what is captured must not draw dropout's numbers
-                        networks[len(x)] = torch.cuda.make_graphed_callables(nn.Sequential(model), (x,))
+                        networks[len(x)] = torch.cuda.make_graphed_callables(nn.Sequential(model), (x.clone(),))
                 network = networks[len(x)]
             losses.append(train_batch(x, y, network, optimizer, criterion))
             if average:
@@ -408,13 +409,23 @@ def best_epoch(history: list[dict], recipe: str) -> dict:
 
 
 def train(
-    config: Config, data: OctData, folder: Path, device: torch.device, verbose=False, build=build_network
+    config: Config, data: OctData, folder: Path, device, resume=False, verbose=False, build=build_network
 ) -> dict:
     """Train, test once, and leave record, figures and checkpoints in `folder`. Returns the record.
 
-    Goes on from last.pt where that is. Raises Diverged where losses or outputs are no numbers any more, InputError
-    for a last.pt that is damaged or another run's.
+    With `resume` it goes on from last.pt, or reads a run that is finished. Raises InputError for a folder that holds
+    anything else, Diverged where losses or outputs are no numbers any more.
     """
+    make, best = partial(fit, config, data, folder, device, verbose, build), folder / "best.pt"
+    path, wanted = folder / "record.json", identity(config, data)
+    record, was_there = runs.do_once(path, resume, wanted, make, is_whole=lambda _: best.exists())
+    if was_there and verbose:
+        print(f"{folder} holds this run, finished")
+    return record
+
+
+def fit(config: Config, data: OctData, folder: Path, device: torch.device, verbose: bool, build) -> dict:
+    """`train` in a folder that is locked: from the start, or from last.pt where that is."""
     utils.set_seed(config.seed)
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
     model = build(config).to(device)
@@ -503,13 +514,31 @@ GridRun = tuple[Config, dict | None]  # a run's settings and its record, None if
 VARIED = ("learning_rate", "no_maxpool", "seed")  # the settings in which the runs of a grid differ
 
 
-def run_grid(base: Config, seeds: list[int], data: OctData, folder: Path, device, jobs: int, resume: bool) -> dict:
+def run_grid(
+    config: Config, seeds: list[int], data: OctData, folder: Path, device: torch.device, jobs: int, resume: bool
+) -> dict:
     """Train every learning rate with every seed, choose the rate, train `no_maxpool` with it. Returns the record.
 
     The rate is chosen by the mean over the seeds of the best validation metric; no test score plays a part.
     """
+
+    def is_whole(record: dict) -> bool:
+        files = [folder / file for row in record["settings"] for file in row["runs"]]
+        return all(file.with_name("best.pt").exists() for file in files)
+
+    shared = {name: value for name, value in asdict(config).items() if name not in VARIED}
+    wanted = {"config": shared, "seeds": seeds, "dataset": data.description}
+    make = partial(fit_grid, config, wanted, data, folder, device, jobs, resume)
+    record, was_there = runs.do_once(folder / "grid.json", resume, wanted, make, is_whole)
+    if was_there:
+        print(f"{folder} holds this grid, finished")
+    return record
+
+
+def fit_grid(base: Config, about: dict, data: OctData, folder: Path, device, jobs: int, resume: bool) -> dict:
+    """`run_grid` in a folder that is locked; `about` begins the record."""
     started, begun_before, threads = time.perf_counter(), any(folder.glob("*/last.pt")), torch.get_num_threads()
-    rates, metric, done = GRID_RATES[base.recipe], CHOOSE_BY[base.recipe], []
+    rates, metric, seeds, done = GRID_RATES[base.recipe], CHOOSE_BY[base.recipe], about["seeds"], []
 
     def train_all(rates: Iterable[float], no_maxpool: bool) -> None:
         configs = [replace(base, no_maxpool=no_maxpool, learning_rate=r, seed=s) for r in rates for s in seeds]
@@ -531,7 +560,7 @@ def run_grid(base: Config, seeds: list[int], data: OctData, folder: Path, device
     except BrokenExecutor:
         advice = "add -resume to go on, with fewer -jobs if memory is short"
         raise InputError(f"{folder}: a process of the grid was killed; {advice}") from None
-    record = grid_identity(base, seeds, data) | {
+    record = about | {
         "chosen_rate": chosen,
         "chosen_by": f"mean over seeds of the best val_{metric}",
         "settings": [summarise_setting(done, no, r) for no, r in [*((False, r) for r in rates), (True, chosen)]],
@@ -551,9 +580,8 @@ def train_in_grid(
     """One run of a grid, in a process of its own that ends with its `parent`; a finished one is read, not repeated."""
     runs.end_with(parent)
     torch.set_num_threads(threads)
-    folder = folder / run_name(config)
     try:
-        return config, runs.do_once(folder, resume, identity(config, data), lambda: train(config, data, folder, device))
+        return config, train(config, data, folder / run_name(config), device, resume)
     except Diverged:
         return config, None
 
@@ -586,11 +614,6 @@ def summarise_setting(done: list[GridRun], no_maxpool: bool, rate: float) -> dic
     if trained:
         row["seconds"] = runs.mean_and_std([record["seconds"] for _, record in trained])
     return row
-
-
-def grid_identity(base: Config, seeds: list[int], data: OctData) -> dict:
-    config = {name: value for name, value in asdict(base).items() if name not in VARIED}
-    return {"config": config, "seeds": seeds, "dataset": data.description}
 
 
 def shown(value: dict) -> str:
@@ -669,19 +692,21 @@ def plot_predictions(
 
     Images uint8 [N, 28, 28], labels [N], class probabilities [N, 4].
     """
-    figure, axes = utils.new_figure(4, 6, size=(1.55, 1.8))
-    figure.suptitle(run_title(record))
-    for axis in axes:
-        axis.axis("off")
+    height, width = 39, 33  # of a scan with its two lines of text above and the gap beside it, in pixels
+    mosaic = np.full((4 * height, 6 * width - 5), 255, np.uint8)  # one picture: 24 axes would take seconds to draw
+    figure, (axes,) = utils.new_figure(size=(9.0, 7.4))
+    figure.suptitle(f"{run_title(record)}, test scans")
+    axes.axis("off")
     for label, name in enumerate(SHORT_NAMES):
-        for axis, i in zip(axes[6 * label :], np.flatnonzero(labels == label)[:6], strict=False):
+        for place, i in enumerate(np.flatnonzero(labels == label)[:6]):
+            top, left = label * height + 11, place * width
+            mosaic[top : top + 28, left : left + 28] = images[i]
             guess = probabilities[i].argmax()
             verdict = f"{SHORT_NAMES[guess]} {probabilities[i, guess]:.0%}"
-            axis.imshow(images[i], cmap="gray", vmin=0, vmax=255)
-            if guess == label:
-                axis.set_title(f"{name}\n✓ {verdict}", fontsize=8, loc="center", fontweight="normal")
-            else:
-                axis.set_title(f"{name}, taken for\n✗ {verdict}", fontsize=8, loc="center", color=utils.COLOURS[1])
+            text = f"{name}\n✓ {verdict}" if guess == label else f"{name}, taken for\n✗ {verdict}"
+            colour, weight = ("black", "normal") if guess == label else (utils.COLOURS[1], "bold")
+            axes.text(left + 14, top - 1, text, color=colour, fontweight=weight, fontsize=9, ha="center", va="bottom")
+    axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255)
     utils.save_figure(figure, path)
 
 
@@ -863,21 +888,13 @@ def train_run_or_grid(args: argparse.Namespace, data: OctData, device: torch.dev
     source = "phantom" if data.kind == "phantom" else data.name.lower().replace(" ", "_")
     name = f"q2-{source}-{config.recipe}-{'grid' if args.grid else run_name(config)}"
     folder = args.out or Path("runs") / name
-    file = folder / ("grid.json" if args.grid else "record.json")
-
-    def make() -> dict:
-        print(f"{data.name} ({data.kind}), {device}; everything goes to {folder}", flush=True)
-        if args.grid:
-            return run_grid(config, args.seeds, data, folder, device, args.jobs, args.resume)
-        return train(config, data, folder, device, verbose=True)
-
-    finished = file.exists()
-    wanted = grid_identity(config, args.seeds, data) if args.grid else identity(config, data)
-    record = runs.do_once(folder, args.resume, wanted, make, file.name)
-    if finished:
-        print(f"{folder} holds this {'grid' if args.grid else 'run'}, finished")
-    with runs.reading(file, "a record of hw2-q2.py"):
-        print_grid(record) if args.grid else print_outcome(record, folder)
+    print(f"{data.name} ({data.kind}), {device}; everything goes to {folder}", flush=True)
+    if args.grid:
+        print_grid(run_grid(config, args.seeds, data, folder, device, args.jobs, args.resume))
+    else:
+        record = train(config, data, folder, device, args.resume, verbose=True)
+        with runs.reading(folder / "record.json", "a record of hw2-q2.py"):
+            print_outcome(record, folder)
 
 
 def run(args: argparse.Namespace) -> None:

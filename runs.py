@@ -147,7 +147,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever the content of a damaged or foreign file raises into an InputError that names the file."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except FileNotFoundError as error:
         raise InputError(f"{path}: {error.strerror}") from None
@@ -253,31 +253,36 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def do_once(
-    folder: Path, resume: bool, identity: dict, make: Callable[[], dict], record_name: str = "record.json"
-) -> dict:
-    """Make `folder` that of one run, lock it, and let `make` do the run; a finished run is read instead.
+    path: Path, resume: bool, identity: dict, make: Callable[[], dict], is_whole: Callable[[dict], bool]
+) -> tuple[dict, bool]:
+    """Lock the folder of the record `path` and let `make` do the run; if it is finished, read the record instead.
 
-    A folder that holds files is used only to `resume`, and only if a checkpoint or record is among them; a folder in
-    which a run was killed before it had written any counts as empty. Raises InputError for a record of another
-    `identity` (the parts of the record that must agree).
+    Returns the record, and whether it was there before.
+
+    A run is finished if it has a record and `is_whole` says that nothing else of it is lost. A folder that holds files
+    is used only to `resume`, and only if a checkpoint or record is among them; one in which a run was killed before it
+    had written any counts as empty. Raises InputError for a record of another `identity` (its parts must agree).
     """
+    folder = path.parent
     files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if others := {name for name in files if name != LOCK and not LEFTOVER.fullmatch(name)}:
         if not resume:
             raise InputError(
                 f"{folder}: already holds files: choose another -out, or add -resume to go on with its run"
             )
-        if not any(True for name in ("last.pt", record_name, "*/last.pt", "*/.lock") for _ in folder.glob(name)):
+        if not any(True for name in ("last.pt", path.name, "*/last.pt", "*/.lock") for _ in folder.glob(name)):
             raise InputError(f"{folder}: holds no run to go on with (but {min(others)}): choose another -out")
     with lock_folder(folder):
         for name in files:
             if LEFTOVER.fullmatch(name):
                 (folder / name).unlink(missing_ok=True)
-        if not (folder / record_name).exists():
-            return make()
-        record = read_json(folder / record_name)
-        check_identity(folder / record_name, record, identity)
-        return record
+        if path.exists():
+            record = read_json(path)
+            check_identity(path, record, identity)
+            with reading(path, "a record"):
+                if is_whole(record):
+                    return record, True
+        return make(), False
 
 
 def check_identity(path: Path, found: dict, wanted: dict) -> None:

@@ -596,6 +596,8 @@ def read_speech_folder(folder: Path) -> SpeechCorpus:
             left_out.append(f"{metadata} line {row + 1}: {error}")
     splits = {split: [clip for clip in clips.values() if clip.row in rows[split]] for split in rows}
     check_clips(folder, splits, left_out)
+    if unused := len(clips) - sum(map(len, splits.values())):
+        print(f"{folder}: {unused} of {len(clips)} clips are in no split of corpus.json: they are not used")
     if odd := sum(clip.rate != SPEECH_RATE for clip in clips.values()):
         print(f"{folder}: {odd} of {len(clips)} clips are not at {SPEECH_RATE} Hz: they are resampled")
     if name == "LJSpeech-1.1":  # never to be taken for the whole if it is a part
@@ -659,8 +661,8 @@ def check_clips(folder: Path, splits: dict[str, list[Clip]], left_out: list[str]
     """Print why clips are left out (five reasons at most). Raises InputError if a split has none left."""
     if left_out:
         more = [f"... and {len(left_out) - 5} more"] if len(left_out) > 5 else []
-        total = len(left_out) + sum(map(len, splits.values()))
-        print(*left_out[:5], *more, f"left out: {len(left_out)} of {total} clips", sep="\n")
+        usable = sum(map(len, splits.values()))
+        print(*left_out[:5], *more, f"left out: {len(left_out)} ({usable} clips are used)", sep="\n")
     if empty := [split for split, clips in splits.items() if not clips]:
         raise InputError(f"{folder}: no clip of the {empty[0]} split can be used")
 

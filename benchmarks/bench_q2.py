@@ -9,19 +9,35 @@ time / our time: above 1 we are faster), whether all parameters are bit for bit 
 of the data. Exit status 1 if they are not the same, or the ratio is below 1.
 """
 
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runs import Parser, number
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("-rounds", type=number(int, 1), default=41)
+    parser.add_argument("-steps", type=number(int, 1), default=100, help="steps of an epoch")
+    parser.add_argument("-out", type=Path, help="write a record")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # -h and mistakes are answered now: PyTorch takes seconds to import
+
 import dataclasses
 import importlib
 import random
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import runs
 import utils
 from offline_data.phantoms import oct_phantoms
@@ -75,11 +91,7 @@ class OurLoop:
 
 
 def main() -> int:
-    parser = runs.Parser(description=__doc__)
-    parser.add_argument("-rounds", type=runs.number(int, 1), default=41)
-    parser.add_argument("-steps", type=runs.number(int, 1), default=100, help="steps of an epoch")
-    parser.add_argument("-out", type=Path, help="write a record")
-    args = parser.parse_args()
+    args = parse_arguments()
 
     runs.git_state()
     torch.set_num_threads(1)

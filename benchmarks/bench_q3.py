@@ -19,13 +19,32 @@ All in float32. A ratio compares medians over the rounds. Exit status 1 if one i
 """
 
 import argparse
-import statistics
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runs import InputError, Parser, number
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("-rounds", type=number(int, 1), default=3)
+    parser.add_argument("-data", default="spoken", help="to train on: ljspeech, spoken, or a folder")
+    parser.add_argument("-data_dir", type=Path, default=Path("data"))
+    parser.add_argument("-checkpoints", type=Path, nargs=2, metavar=("LSTM", "TRANSFORMER"), help="two files model.pt")
+    parser.add_argument("-checkpoint_data", default="spoken", help="what the networks of -checkpoints were trained on")
+    parser.add_argument("-out", type=Path, help="write a record")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse_arguments(None)  # -h and mistakes are answered now: PyTorch takes seconds to import
+
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,10 +53,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import runs
 import utils
-from utils import InputError
 
 q3 = utils.notebook_definitions(Path(__file__).parents[1] / "hw2-q3.ipynb")
 
@@ -318,21 +335,15 @@ def show(record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = runs.Parser(description=__doc__)
-    parser.add_argument("-rounds", type=runs.number(int, 1), default=3)
-    parser.add_argument("-data", default="spoken", help="to train on: ljspeech, spoken, or a folder")
-    parser.add_argument("-data_dir", type=Path, default=Path("data"))
-    parser.add_argument("-checkpoints", type=Path, nargs=2, metavar=("LSTM", "TRANSFORMER"), help="two files model.pt")
-    parser.add_argument("-checkpoint_data", default="spoken", help="what the networks of -checkpoints were trained on")
-    parser.add_argument("-out", type=Path, help="write a record")
-    args = parser.parse_args(arguments)
+    args = parse_arguments(arguments)
 
     runs.git_state()
     torch.set_num_threads(1)
     try:
         record = measure(args)
     except InputError as error:
-        parser.error(str(error))
+        print(f"bench_q3.py: {error}", file=sys.stderr)
+        return 2
     record["bars"] = judge(record)
     show(record)
     if args.out:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import runs  # noqa: E402
+import runs
 
 MINUTES, DIFFERENCE = 10, 1e-3  # bars: wall time; relative, of an epoch's training loss
 

@@ -23,14 +23,15 @@ from matplotlib.ticker import PercentFormatter
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from offline_data.phantoms import oct_phantoms  # noqa: E402
-from runs import write_whole  # noqa: E402
-from utils import COLOURS  # noqa: E402
+from offline_data.phantoms import oct_phantoms
+from runs import write_whole
+from utils import COLOURS
+from utils import STYLE as SHARED_STYLE
 
 FOLDER = ROOT / "report" / "figures" / "report"
 WIDTH = 6.4  # inches: the width of the report's text
 MEASURED, SET = "cmr10", "New Computer Modern"
-STYLE = {
+STYLE = SHARED_STYLE | {
     "font.family": [MEASURED, "DejaVu Serif"],  # the second one for what the first lacks, as ±
     "font.size": 8.5,
     "axes.titlesize": 9,

@@ -20,13 +20,38 @@ is finished.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runs import InputError, Parser, number, run_script
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__, "pooling.py")
+    add, rate = parser.add_argument, number(float, 0, low_fits=False)
+    add("-data", default="phantom", help="phantom (default), octmnist, auto, an .npz, or a folder of class folders")
+    add("-data_dir", type=Path, default=Path("data"), help="where OCTMNIST lies or is saved (default: data)")
+    add("-epochs", type=number(int, 1), default=15, help="default: 15")
+    add("-learning_rate", type=rate, default=0.1, help="default: 0.1, which hw2-q2.py's grid chose")
+    add("-seeds", type=number(int, 0, 2**32), nargs="+", default=[42, 43, 44], help="default: 42 43 44")
+    add("-jobs", type=number(int, 1, 1025), default=2, help="processes (default: 2)")
+    add("-device", default="auto", help="auto (default: CUDA, MPS, CPU), cpu, cuda, cuda:N or mps")
+    add("-out", type=Path, help="the record (default: results/q2/pooling-DATA.json)")
+    args = parser.parse_args(arguments)
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("-seeds: every seed once")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments(None)  # -h and mistakes are answered now: PyTorch takes seconds to import
+
 import importlib
 import itertools
 import math
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import joblib
@@ -34,10 +59,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import runs
 import utils
-from runs import InputError, number
 from utils import OctData
 
 hw2_q2 = importlib.import_module("hw2-q2")
@@ -215,11 +238,10 @@ def train_and_measure(config: PoolingConfig, data: OctData, folder: Path, device
     folder = folder / f"{config.pool}-lr{config.learning_rate:g}-seed{config.seed}-epochs{config.epochs}"
     print(f"{folder}: {'is trained' if (folder / 'record.json').exists() else 'trains'}", flush=True)
     # hw2-q2.py's own loop, with our network in the place of its two; its figures would call `mean` max-pool.
-    make = partial(hw2_q2.train, config, data, folder, device, build=build_network)
     no_figures = {"draw_run": lambda *_: None, "plot_predictions": lambda *_: None}
     try:
         with mock.patch.multiple(hw2_q2, **no_figures):
-            record = runs.do_once(folder, True, hw2_q2.identity(config, data), make)
+            record = hw2_q2.train(config, data, folder, device, resume=True, build=build_network)
     except hw2_q2.Diverged as error:
         raise InputError(f"{folder}: {error}") from None
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
@@ -294,26 +316,9 @@ def print_record(record: dict) -> None:
         print(f"{pool:8s}" + "".join(f"{hw2_q2.shown(value):>17s}" for value in values))
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = runs.Parser(__doc__, "pooling.py")
-    add, rate = parser.add_argument, number(float, 0, low_fits=False)
-    add("-data", default="phantom", help="phantom (default), octmnist, auto, an .npz, or a folder of class folders")
-    add("-data_dir", type=Path, default=Path("data"), help="where OCTMNIST lies or is saved (default: data)")
-    add("-epochs", type=number(int, 1), default=hw2_q2.RECIPES["homework"].epochs, help="default: 15")
-    add("-learning_rate", type=rate, default=0.1, help="default: 0.1, which hw2-q2.py's grid chose")
-    add("-seeds", type=number(int, 0, 2**32), nargs="+", default=[42, 43, 44], help="default: 42 43 44")
-    add("-jobs", type=number(int, 1, 1025), default=2, help="processes (default: 2)")
-    add("-device", default="auto", help="auto (default: CUDA, MPS, CPU), cpu, cuda, cuda:N or mps")
-    add("-out", type=Path, help="the record (default: results/q2/pooling-DATA.json)")
-    args = parser.parse_args(arguments)
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error("-seeds: every seed once")
-    return args
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted."""
-    return runs.run_script("pooling.py", parse_arguments, run, arguments, "stopped; the same command goes on")
+    return run_script("pooling.py", parse_arguments, run, arguments, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
-from attention_approx import crossover_sentence  # noqa: E402
-from offline_data import OCTMNIST_CLASS_COUNTS  # noqa: E402
-from runs import summarise_speech_runs  # noqa: E402
+from attention_approx import crossover_sentence
+from offline_data import OCTMNIST_CLASS_COUNTS
+from runs import Parser, summarise_speech_runs
 
 
 class NotRecorded(Exception):
@@ -469,10 +469,13 @@ def fill(text: str) -> str:
 
 
 def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="exit status 1 if README.md is not what the records say")
+    args = parser.parse_args()
     path = ROOT / "README.md"
     old = path.read_text()
     new = fill(old)
-    if "--check" in sys.argv[1:]:
+    if args.check:
         if new != old:
             print("README.md is not what the records say: run `make readme`", file=sys.stderr)
         return int(new != old)

@@ -13,6 +13,9 @@ from pathlib import Path
 import typst
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from runs import Parser, write_whole
 
 
 def typeset() -> bytes:
@@ -28,18 +31,17 @@ def typeset() -> bytes:
 
 
 def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="exit status 1 if it is not what records and figures give")
     path = HERE / "report.pdf"
-    if "--check" in sys.argv[1:]:
+    if parser.parse_args().check:
         current = path.exists() and path.read_bytes() == typeset()
         if not current:
             print("report/report.pdf is not what its text and the records say: run `make report`", file=sys.stderr)
         return int(not current)
     import figures  # here: it brings Matplotlib and PyTorch along, which the check does not need
 
-    sys.path.insert(0, str(HERE.parent))
     figures.draw_all()
-    from runs import write_whole
-
     write_whole(path, typeset())
     print(path)
     return 0

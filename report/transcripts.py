@@ -16,8 +16,12 @@ from scipy.stats import pearsonr, spearmanr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runs import learnt_by_heart, mean_and_std, run_environment, summarise, write_json  # noqa: E402
-from utils import notebook_definitions  # noqa: E402
+from runs import Parser, learnt_by_heart, mean_and_std, run_environment, summarise, write_json
+
+if __name__ == "__main__":
+    Parser(__doc__).parse_args()  # -h is answered now: the notebook takes seconds to import
+
+from utils import notebook_definitions
 
 OUT = ROOT / "results" / "q3" / "analysis.json"
 nb = notebook_definitions(ROOT / "hw2-q3.ipynb")

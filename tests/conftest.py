@@ -18,12 +18,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 REAL_SCANS = ROOT.parent / "shared" / "data" / "oct"
 needs_real_scans = pytest.mark.skipif(not REAL_SCANS.is_dir(), reason="the real scans are not at hand")
 
+import utils  # noqa: E402
 from offline_data.phantoms import oct_phantoms  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread_and_small_pictures(monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setitem(utils.STYLE, "savefig.dpi", 20)  # quicker to draw
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The phantoms: seeded, in OCTMNIST's proportions, and near enough to real scans to learn from."""
 
+import dataclasses
 import hashlib
 import time
 
@@ -9,6 +10,7 @@ import torch
 from conftest import REAL_SCANS, needs_real_scans
 
 import offline_data
+import utils
 from offline_data.phantoms import draw_oct_phantoms, oct_phantoms
 
 

@@ -186,7 +186,6 @@ def test_a_stop_at_any_write_is_mended_by_resume(call_main, small_npz, tmp_path,
     arguments = ["-data", small_npz, "-epochs", 2, *flags]
     assert call_main(*arguments, "-out", tmp_path / "whole")[0] == 0
     expected = numbers(tmp_path / "whole")
-    monkeypatch.setitem(utils.STYLE, "savefig.dpi", 20)  # quicker
     real_write, stops = runs.write_whole, 0
     while True:
         out, left = tmp_path / f"stop{stops}", iter(range(stops, -1, -1))

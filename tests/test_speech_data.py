@@ -169,7 +169,7 @@ def test_a_bad_row_gives_one_line_and_the_rest_goes_on(folder, capsys, line, spo
     rows = [clip.row for clip in corpus.splits["train"]]
     assert rows == [0, 1, 2, 3, *range(5, 15)]  # the others stay where they were
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [corpus.left_out[0], "left out: 1 of 20 clips"]
+    assert printed == [corpus.left_out[0], "left out: 1 (19 clips are used)"]
     assert printed[0].startswith(f"{folder / 'metadata.csv'} line 5: ") and reason in printed[0]
 
 
@@ -179,7 +179,7 @@ def test_many_bad_rows_are_counted_and_five_are_printed(folder, capsys):
     corpus = utils.load_speech(str(folder))
     assert len(corpus.left_out) == 8
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [*corpus.left_out[:5], "... and 3 more", "left out: 8 of 20 clips"]
+    assert printed == [*corpus.left_out[:5], "... and 3 more", "left out: 8 (12 clips are used)"]
 
 
 def test_clips_that_are_too_long_are_left_out(folder, monkeypatch):
@@ -244,11 +244,16 @@ ABOUT = {
 }
 
 
-def test_corpus_json_gives_name_kind_and_splits(folder):
+def test_corpus_json_gives_name_kind_and_splits(folder, capsys):
     (folder / "corpus.json").write_text(json.dumps(ABOUT))
     corpus = utils.load_speech(str(folder))
     assert (corpus.name, corpus.kind) == ("made", "spoken")
     assert corpus.description["counts"] == {"train": 9, "val": 3, "test": 3, "more": 5}
+    gap = {"train": [0, 9], "val": [9, 12], "test": [12, 15]}
+    (folder / "corpus.json").write_text(json.dumps(ABOUT | {"splits": gap}))
+    capsys.readouterr()
+    assert utils.load_speech(str(folder)).description["counts"] == {"train": 9, "val": 3, "test": 3}
+    assert capsys.readouterr().out == f"{folder}: 5 of 20 clips are in no split of corpus.json: they are not used\n"
     (folder / "corpus.json").write_text(json.dumps({"name": "made", "kind": "spoken"}))
     assert utils.load_speech(str(folder)).description["counts"] == {"train": 15, "val": 1, "test": 4}
 
@@ -512,7 +517,7 @@ def test_a_dead_name_server_gives_up_and_starts_no_download(serve, tmp_path, mon
     server = serve("right")
     answers = threading.Event()
     look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (answers.wait(), look_up(*a, **k))[1])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (answers.wait(8), look_up(*a, **k))[1])
     started = time.monotonic()
     assert not utils.download_ljspeech(tmp_path / "data" / "LJSpeech-1.1")
     assert time.monotonic() - started < 5
@@ -710,8 +715,7 @@ def test_a_changed_corpus_is_extracted_anew(corpus, folder, tmp_path, capsys, ch
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     elif change == "rows":
-        replace_line(folder, 4, "C004|4|four")
-        replace_line(folder, 5, "C003|3|three")
+        replace_line(folder, 4, "a bad row, which moves the others\nC003|3|three")
     elif change == "splits":
         (folder / "corpus.json").write_text(json.dumps(ABOUT))
     else:
@@ -865,7 +869,7 @@ def test_silent_and_broken_audio_is_left_out_and_said_each_time(folder, tmp_path
         cache = utils.cached_features(corpus, huge, SETTINGS, tmp_path / "data")
         assert len(cache.corpus.left_out) == 1 and corpus.left_out == []
         printed = capsys.readouterr().out.splitlines()
-        assert printed == [cache.corpus.left_out[0], "left out: 1 of 20 clips"]
+        assert printed == [cache.corpus.left_out[0], "left out: 1 (19 clips are used)"]
         assert printed[0].startswith(f"{folder / 'wavs' / 'C004.wav'}: ") and reason in printed[0]
         assert_cache_is_right(cache, corpus, left_out=[4])
         assert cache.corpus.description["counts"]["train"] == 14 and cache.corpus.description["left_out"] == 1
