@@ -1269,9 +1269,7 @@ QUICK = RECORDED | {"lengths": [128, 256, 512, 1024], "error_length": 256, "seed
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = runs.Parser(
-        prog="attention_approx.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.Parser(__doc__, "attention_approx.py")
     add, count, seed = parser.add_argument, number(int, 1), number(int, 0, 2**32)
     add("-quick", action="store_true", help="short sequences (128 to 1024, errors at 256), 2 seeds, 3 rounds")
     add(

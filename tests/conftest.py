@@ -23,9 +23,8 @@ from offline_data.phantoms import oct_phantoms  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_small_pictures(monkeypatch):
+def one_thread():
     torch.set_num_threads(1)
-    monkeypatch.setitem(utils.STYLE, "savefig.dpi", 20)  # quicker to draw
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +60,7 @@ def run_script(tmp_path):
 @pytest.fixture
 def call_main(q2, tmp_path, monkeypatch, capsys):
     """Run hw2-q2.py's main in this process (quicker); returns exit status, stdout and stderr."""
+    monkeypatch.setitem(utils.STYLE, "savefig.dpi", 20)  # quicker to draw
     monkeypatch.chdir(tmp_path)
     return caller(q2, capsys)
 
