@@ -86,15 +86,12 @@ def test_three_terms_by_hand():
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 8])
 def test_the_fast_features_with_their_weights_are_the_series(num_terms, block):
     x, y, _ = tokens(9, 9, 7, 1, score=2.0)
-    layout = q1._layout(7, num_terms, block, 20)
-    features = []
-    for z in (x, y):
-        workspace = q1._Workspace(layout, 1, 9, z)
-        features.append(torch.cat([rows[0].clone() for _, rows in workspace.features(z.mT[None])]))
-    product = torch.einsum("mi,mj,m->ij", *features, layout.weights)
+    products, weights = q1._layout(7, num_terms, block)
+    features = [q1._fill(z.new_empty(1, len(weights), 9), z.mT[None], products)[0] for z in (x, y)]
+    product = torch.einsum("mi,mj,m->ij", *features, torch.tensor(weights, dtype=x.dtype))
     torch.testing.assert_close(product, q1.exp_series(x @ y.mT, num_terms), rtol=1e-12, atol=1e-12)
     if block == 1:
-        assert layout.size == num_features(7, num_terms)  # each monomial once
+        assert len(weights) == num_features(7, num_terms)  # each monomial once
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -107,9 +104,8 @@ def test_the_fast_features_with_their_weights_are_the_series(num_terms, block):
 @pytest.mark.parametrize(("length", "dim", "width"), [(1, 1, 1), (37, 1, 3), (130, 5, 7), (301, 9, 4), (67, 13, 1)])
 def test_agrees_with_the_sums_written_out(monkeypatch, method, causal, num_terms, length, dim, width):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 64)
-    monkeypatch.setattr(q1, "PAIR_TILE", 48)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 40)
-    monkeypatch.setitem(q1._TILES, "cpu", (32, 2**12, 128))  # several groups of rows, a ragged last tile
+    monkeypatch.setattr(q1, "PAIRS_CPU", 48 * length)
+    monkeypatch.setattr(q1, "TILE_CPU", (2**12, 128))  # a ragged last tile
     q, k, v = tokens(length, length, dim, width, batch=(2,), score=0.5 if num_terms % 2 else 0.1)
     expected = written_out(q, k, v, num_terms, causal)
     ours = taylor_attention(q, k, v, num_terms, causal=causal, method=method)
@@ -143,7 +139,7 @@ def test_the_naive_form_agrees():
 @pytest.mark.parametrize(("queries", "keys"), [(20, 90), (90, 20), (1, 33), (33, 1)])
 def test_queries_and_keys_may_differ_in_number(monkeypatch, method, causal, queries, keys):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 16)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 12)
+    monkeypatch.setattr(q1, "PAIRS_CPU", 200)
     q, k, v = tokens(queries, keys, 4, 6)
     ours = taylor_attention(q, k, v, 3, causal=causal, method=method)
     assert difference(ours, written_out(q, k, v, 3, causal)) < 1e-12
@@ -269,7 +265,7 @@ def test_a_mask_may_differ_from_sequence_to_sequence(monkeypatch):
 @LINEAR_AND_DIRECT
 def test_what_comes_later_changes_nothing(monkeypatch, method):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 32)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 24)
+    monkeypatch.setattr(q1, "PAIRS_CPU", 24 * 150)
     q, k, v = tokens(150, 150, 6, 4, batch=(2,))
     whole = taylor_attention(q, k, v, 3, causal=True, method=method)
     for first in (1, 31, 32, 33, 100, 149):
@@ -344,9 +340,8 @@ def test_centring_undoes_an_offset_of_the_keys():
 )
 def test_gradients_are_those_of_finite_differences(monkeypatch, method, num_terms, options):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 4)
-    monkeypatch.setattr(q1, "PAIR_TILE", 5)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 3)
-    monkeypatch.setitem(q1._TILES, "cpu", (8, 64, 64))
+    monkeypatch.setattr(q1, "PAIRS_CPU", 30)
+    monkeypatch.setattr(q1, "TILE_CPU", (64, 64))
     q, k, v = (x.requires_grad_() for x in tokens(11, 11, 6, 3, batch=(2,), score=0.2))
     attention = functools.partial(taylor_attention, num_terms=num_terms, method=method, **options)
     assert torch.autograd.gradcheck(attention, (q, k, v), fast_mode=True)
@@ -396,6 +391,7 @@ def test_a_second_derivative_is_refused():
 @given(st.floats(-50, 50), st.sampled_from([1, 3, 5, 7, 9]))
 @settings(max_examples=500, deadline=None)
 def test_the_series_is_positive_for_odd_terms(t, num_terms):
+    t = torch.tensor(t, dtype=torch.float64)
     assert q1.exp_series(t, num_terms) > 0
     if num_terms == 3:
         assert q1.exp_series(t, 3) >= 0.5
@@ -566,14 +562,13 @@ def test_many_terms(num_terms):
 
 def test_auto_takes_features_for_long_sequences_only(monkeypatch):
     chosen = []
-    for name in ("_linear_sums", "_causal_linear_sums"):
-        original = getattr(q1, name)
-        monkeypatch.setattr(q1, name, lambda *a, original=original, name=name: (chosen.append(name), original(*a))[1])
+    original = q1._key_sums
+    monkeypatch.setattr(q1, "_key_sums", lambda *a: (chosen.append("features"), original(*a))[1])
     for length, causal, expected in (
         (64, False, []),
         (64, True, []),
-        (2000, False, ["_linear_sums"]),
-        (2000, True, ["_causal_linear_sums"]),
+        (2000, False, ["features"]),
+        (2000, True, ["features"]),
     ):
         chosen.clear()
         q, k, v = tokens(length, length, 16, 16, score=0.2)
