@@ -511,10 +511,14 @@ def _check_scale(scale: float) -> None:
         raise ValueError("scale must be a finite number")
 
 
+def _is_dense(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested and not x.is_meta
+
+
 def _check_tensor(name: str, x: Tensor, least_dims: int = 2) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    if x.is_nested or x.is_meta or x.layout != torch.strided:
+    if not _is_dense(x):
         kind = "nested" if x.is_nested else "on the meta device" if x.is_meta else x.layout
         raise TypeError(f"{name} must be a dense tensor with values; it is {kind}")
     if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -542,8 +546,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
 
 def _check_mask(key_mask: Tensor, batch: torch.Size, k: Tensor) -> Tensor:
     """The mask as [N, Lk]. Raises TypeError, ValueError."""
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or key_mask.layout != torch.strided:
-        raise TypeError("key_mask must be a dense tensor of bool: True where the key takes part")
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or not _is_dense(key_mask):
+        raise TypeError("key_mask must be a tensor of bool, and dense: True where the key takes part")
     shape, wanted = list(key_mask.shape), [*batch, k.shape[-2]]
     try:
         if key_mask.dim() not in (1, k.dim() - 1) or shape[-1] != wanted[-1]:
