@@ -136,41 +136,50 @@ class _Product(NamedTuple):
     def factors(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return features[:, self.coordinates, None], features[:, None, self.others]
 
-    def unfold(self, features: Tensor) -> Tensor:
-        """These rows as [n, coordinates, others, tokens]."""
-        rows = features[:, self.rows]
+    def unfold(self, rows: Tensor) -> Tensor:
+        """These rows [n, rows, tokens] as [n, coordinates, others, tokens]."""
         return rows.view(len(rows), self.coordinates.stop - self.coordinates.start, -1, rows.shape[2])
 
 
-@lru_cache(maxsize=64)
-def _layout(dim: int, num_terms: int, block: int = 0) -> tuple[list[_Product], list[float]]:
-    """How the features are made, and their weights: P_K(q·k) = sum_m weights[m] f_m(q) f_m(k).
+class _Layout(NamedTuple):
+    """The order of the features: the constant 1, the coordinates, then the products degree by degree."""
 
-    The constant 1 comes first, then the coordinates. Degree n is made of degree n-1: a coordinate times every product
-    that begins with it or with a later one. In this order those are the last rows of degree n-1, one slice, and each
-    monomial comes once. A `block` of coordinates is multiplied at once: fewer and larger operations, at the price
-    that within a block a monomial comes in several orders. Those share its weight: the product of all 1/b_i! if b_i
-    coordinates lie in block i.
+    lower: list[_Product]  # the degrees 2 to K-2: held for a tile, since the others are made of them
+    top: list[_Product]  # the degree K-1, from K = 3 on: each is made and used at once
+    num_lower: int  # rows of the constant, the coordinates and the lower products
+    num_top: int  # rows of the largest of the others
+    weights: list[float]  # of every feature, so that P_K(q·k) = sum_m weights[m] f_m(q) f_m(k)
+
+
+@lru_cache(maxsize=64)
+def _layout(dim: int, num_terms: int, block: int = 0) -> _Layout:
+    """Degree n is made of degree n-1: a coordinate times every product that begins with it or with a later one.
+
+    In this order those are the last rows of degree n-1, one slice, and each monomial comes once. A `block` of
+    coordinates is multiplied at once: fewer and larger operations, at the price that within a block a monomial comes
+    in several orders. Those share its weight: the product of all 1/b_i! if b_i coordinates lie in block i.
     """
-    block = block or (8 if num_terms <= 3 else 1)  # measured: with more terms the repeated monomials cost more
+    block = block or (8 if num_terms <= 3 else 2)  # measured: with more terms the repeated monomials cost more
     edges = starts = [*range(1, dim + 1, block), dim + 1]  # starts: where products begin with block 0, 1, ...; the end
     weights, repeats = [1.0] * (dim + 1), [1] * (dim + 1)  # repeats: factors at the front that lie in one block
-    products = []
+    lower, top = [], []
     for _ in range(2, num_terms):
-        degree = []
+        lower, top = lower + top, []
         for i, coordinates in enumerate(slice(*edge) for edge in itertools.pairwise(edges)):
             others, width = slice(starts[i], starts[-1]), coordinates.stop - coordinates.start
             counts = [n + 1 for n in repeats[starts[i] : starts[i + 1]]] + [1] * (starts[-1] - starts[i + 1])
             first_row = len(weights)
             weights += [weight / n for weight, n in zip(weights[others], counts, strict=True)] * width
             repeats += counts * width
-            degree.append(_Product(coordinates, others, slice(first_row, len(weights))))
-        starts = [product.rows.start for product in degree] + [len(weights)]
-        products += degree
-    return products, weights[:1] if num_terms == 1 else weights
+            top.append(_Product(coordinates, others, slice(first_row, len(weights))))
+        starts = [product.rows.start for product in top] + [len(weights)]
+    if num_terms == 1:
+        weights = weights[:1]
+    num_top = max((product.rows.stop - product.rows.start for product in top), default=0)
+    return _Layout(lower, top, starts[0] if top else len(weights), num_top, weights)
 
 
-TILE_CPU, TILE_GPU = (2**20, 2048), (2**26, 2**17)  # numbers, tokens: what a CPU's caches hold, what keeps a GPU busy
+TILE_CPU, TILE_GPU = (2**19, 4096), (2**26, 2**17)  # numbers, tokens: what a CPU's caches hold, what keeps a GPU busy
 
 
 def _tiles(x: Tensor, rows: int) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
@@ -185,13 +194,24 @@ def _tiles(x: Tensor, rows: int) -> Iterator[tuple[tuple[slice, slice, slice], T
         yield tile, buffer[: num_sequences - n, :, : length - first]
 
 
-def _fill(features: Tensor, x: Tensor, products: list[_Product]) -> Tensor:
-    """Compute the features [n, M, tokens] of x [n, D, tokens], in place."""
-    features[:, :1] = 1
-    features[:, 1 : 1 + x.shape[1]] = x[:, : max(0, features.shape[1] - 1)]
-    for product in products:
-        torch.mul(*product.factors(features), out=product.unfold(features))
-    return features
+def _lower_features(x: Tensor, layout: _Layout, buffer: Tensor) -> Tensor:
+    """The features of x [n, D, tokens] below the highest degree, in the first rows of the buffer."""
+    lower = buffer[:, : layout.num_lower]
+    lower[:, :1] = 1
+    lower[:, 1 : 1 + x.shape[1]] = x[:, : layout.num_lower - 1]
+    for product in layout.lower:
+        torch.mul(*product.factors(lower), out=product.unfold(lower[:, product.rows]))
+    return lower
+
+
+def _features(x: Tensor, layout: _Layout, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """All features of x [n, D, tokens] as (rows, features [n, rows, tokens]), one product after the other."""
+    lower = _lower_features(x, layout, buffer)
+    yield slice(0, layout.num_lower), lower
+    for product in layout.top:
+        features = buffer[:, layout.num_lower :][:, : product.rows.stop - product.rows.start]
+        torch.mul(*product.factors(lower), out=product.unfold(features))
+        yield product.rows, features
 
 
 # Everything rests on one expression in three variables, F(x, w, s) = sum_l f(x_l) · s^T w_l with the features f, and on
@@ -200,42 +220,44 @@ def _fill(features: Tensor, x: Tensor, products: list[_Product]) -> Tensor:
 
 def _feature_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Tensor:
     """dF/ds = sum_l w_l f(x_l)^T [N, E, M], with y = w [N, E, L]; or dF/dw_l = s f(x_l) [N, E, L], with y = s."""
-    products, weights = _layout(x.shape[1], num_terms)
-    sums = x.new_zeros(len(x), y.shape[1], len(weights) if over_tokens else x.shape[2])
-    for tile, buffer in _tiles(x, len(weights)):
-        features = _fill(buffer, x[tile], products)
-        if over_tokens:
-            sums[tile[0]].baddbmm_(y[tile], features.mT)
-        else:
-            torch.bmm(y[tile[0]], features, out=sums[tile])
+    layout = _layout(x.shape[1], num_terms)
+    sums = x.new_zeros(len(x), y.shape[1], len(layout.weights) if over_tokens else x.shape[2])
+    for tile, buffer in _tiles(x, layout.num_lower + layout.num_top):
+        for rows, features in _features(x[tile], layout, buffer):
+            if over_tokens:
+                sums[tile[0], :, rows].baddbmm_(y[tile], features.mT)
+            else:
+                sums[tile].baddbmm_(y[tile[0], :, rows], features)
     return sums
 
 
 def _token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Tensor:
     """dF/dx_l: x [N, D, L], w [N, E, L], s [N, E, M] -> [N, D, L], back through the products, the highest first."""
-    products, weights = _layout(x.shape[1], num_terms)
+    layout = _layout(x.shape[1], num_terms)
     gradient = torch.zeros_like(x)
-    factors = products[-1].others.stop if products else 0  # the rows of all degrees but the highest
-    for tile, buffer in _tiles(x, len(weights) + factors):
-        features, grad = buffer[:, :factors], buffer[:, factors:]
-        _fill(features, x[tile], [product for product in products if product.rows.stop <= factors])
-        torch.bmm(s[tile[0]].mT, w[tile], out=grad)
-        for product in reversed(products):
-            coordinates, others = product.factors(features)
-            grad_product = product.unfold(grad)
-            grad[:, product.coordinates] += (grad_product * others).sum(2)
-            grad[:, product.others] += grad_product.mul_(coordinates).sum(1)
+    for tile, buffer in _tiles(x, 2 * layout.num_lower + layout.num_top):
+        lower, columns = _lower_features(x[tile], layout, buffer), s[tile[0]].mT
+        grad, of_top = buffer[:, layout.num_lower :].tensor_split((layout.num_lower,), 1)
+        torch.bmm(columns[:, : layout.num_lower], w[tile], out=grad)
+        for product in itertools.chain(layout.top, reversed(layout.lower)):
+            of_product = grad[:, product.rows]
+            if product.rows.start >= layout.num_lower:
+                of_product = of_top[:, : product.rows.stop - product.rows.start]
+                torch.bmm(columns[:, product.rows], w[tile], out=of_product)
+            of_product, (coordinates, others) = product.unfold(of_product), product.factors(lower)
+            grad[:, product.coordinates] += (of_product * others).sum(2)
+            grad[:, product.others] += of_product.mul_(coordinates).sum(1)
         gradient[tile] = grad[:, 1 : 1 + x.shape[1]] if num_terms > 1 else 0
     return gradient
 
 
 def _plain_token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Tensor:
     """The same in operations that autograd follows, for second derivatives; all features are held at once."""
-    products, weights = _layout(x.shape[1], num_terms)
+    layout = _layout(x.shape[1], num_terms)
 
     def features(x: Tensor) -> Tensor:
-        rows = torch.cat([torch.ones_like(x[:, :1]), x], 1)[:, : len(weights)]
-        for product in products:
+        rows = torch.cat([torch.ones_like(x[:, :1]), x], 1)[:, : len(layout.weights)]
+        for product in layout.lower + layout.top:
             coordinates, others = product.factors(rows)
             rows = torch.cat([rows, (coordinates * others).flatten(1, 2)], 1)
         return rows
@@ -293,8 +315,9 @@ def _key_sums(k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """Phi(K)^T V with the features' weights: k [N, D, L], w [N, E, L] -> [N, E, M]."""
     if not _features_fit(num_terms, k.dtype):
         raise ValueError(f"{num_terms} terms are too many for features in {k.dtype}: their weights 1/n! vanish")
-    _, weights = _layout(k.shape[1], num_terms)
-    on_host = torch.tensor(weights, dtype=k.dtype, pin_memory=k.is_cuda)  # pinned: nobody waits for the copy
+    on_host = torch.tensor(
+        _layout(k.shape[1], num_terms).weights, dtype=k.dtype, pin_memory=k.is_cuda
+    )  # pinned: nobody waits for the copy
     return _FeatureSums.apply(k, w, num_terms, True) * on_host.to(k.device, non_blocking=True)
 
 

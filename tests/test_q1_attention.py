@@ -93,12 +93,15 @@ def test_three_terms_by_hand():
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 8])
 def test_the_fast_features_with_their_weights_are_the_series(num_terms, block):
     x, y, _ = tokens(9, 9, 7, 1, score=2.0)
-    products, weights = q1._layout(7, num_terms, block)
-    features = [q1._fill(z.new_empty(1, len(weights), 9), z.mT[None], products)[0] for z in (x, y)]
-    product = torch.einsum("mi,mj,m->ij", *features, torch.tensor(weights, dtype=x.dtype))
+    layout = q1._layout(7, num_terms, block)
+    features = []
+    for z in (x, y):
+        buffer = z.new_empty(1, layout.num_lower + layout.num_top, 9)
+        features.append(torch.cat([rows[0].clone() for _, rows in q1._features(z.mT[None], layout, buffer)]))
+    product = torch.einsum("mi,mj,m->ij", *features, torch.tensor(layout.weights, dtype=x.dtype))
     torch.testing.assert_close(product, q1.exp_series(x @ y.mT, num_terms), rtol=1e-12, atol=1e-12)
     if block == 1:
-        assert len(weights) == num_features(7, num_terms)  # each monomial once
+        assert len(layout.weights) == num_features(7, num_terms)  # each monomial once
 
 
 # ---------------------------------------------------------------------------------------------------
