@@ -16,8 +16,8 @@ $(READY): requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
 	@touch $@
 
-q1: $(READY)    ## question 1: tables, curves and figures of attention in linear time (two minutes)
-	$(BIN)/python attention_approx.py -out runs/q1/record.json $(ARGS)
+q1: $(READY)    ## question 1: tables and a figure of attention in linear time (a minute)
+	$(BIN)/python attention_approx.py -figures runs/q1 $(ARGS)
 
 q2: $(READY)    ## question 2: train the network on OCTMNIST, or on phantoms where it cannot be had
 	$(BIN)/python hw2-q2.py $(ARGS)
@@ -47,7 +47,7 @@ SEEDS := seed42 seed43 seed44
 needs = @test -e $($(1)) || { echo "$($(1)) does not exist: say $(1)=$(2)"; exit 1; }
 
 q1-records: $(READY)  ## question 1: make every record that the README quotes
-	$(BIN)/python attention_approx.py
+	$(BIN)/python benchmarks/bench_q1.py -curves -out results/q1.json
 	$(BIN)/python benchmarks/bench_q1.py -out results/q1-bench.json
 
 q2-records: $(READY)  ## question 2: make every record that the README quotes (REAL=scans.npz)
@@ -120,7 +120,7 @@ records: $(READY)  ## make every record of all questions, in order: hours; resum
 	$(MAKE) q3-lj-text
 
 readme: $(READY)  ## draw the figures and fill the tables of README.md from results/
-	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1
+	$(BIN)/python benchmarks/bench_q1.py -draw results/q1.json -figures report/figures/q1
 	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
 	$(BIN)/python report/readme.py
 	$(BIN)/python report/pictures.py

@@ -810,6 +810,7 @@ def _runs():
 
 SOFTMAX, TAYLOR = "softmax, fused", "Taylor"
 SCORE_STDS = [0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
+LENGTHS, QUICK_LENGTHS = [256, 512, 1024, 2048, 4096, 8192], [512, 1024, 2048, 4096]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -1014,9 +1015,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("-out", type=Path, metavar="FILE", help="write a record of all numbers; the file must not exist yet")
     add("-figures", type=Path, metavar="FOLDER", default=Path("runs/q1"), help="where the figure goes (runs/q1)")
     args = parser.parse_args(arguments)
-    args.lengths = sorted(
-        {*(args.lengths or ([512, 1024, 2048, 4096] if args.quick else [2**n for n in range(8, 14)]))}
-    )
+    args.lengths = sorted({*(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS))})
     args.dims, args.terms = sorted({*args.dims}), sorted({*args.terms})
     return args
 

@@ -1,6 +1,9 @@
 """Taylor attention (three terms) against softmax attention, interleaved in one process on one thread.
 
-    python benchmarks/bench_q1.py [-rounds 25] [-scale 1] [-out results/q1-bench.json]
+    python benchmarks/bench_q1.py [-out results/q1-bench.json]                         times and memory, and their bars
+    python benchmarks/bench_q1.py -curves [-out results/q1.json]                       errors, times, memory against L
+    python benchmarks/bench_q1.py -draw results/q1.json -figures report/figures/q1     the figure of such a record
+    python benchmarks/bench_q1.py -device cuda [-out runs/q1-cuda.json]                long sequences on a GPU
 
 The yardstick is torch.nn.functional.scaled_dot_product_attention(scale=1): float32, B = H = 1 unless said otherwise,
 inputs of small scores. A row says how long taylor_attention takes as a share of that (medians over the rounds), beside
@@ -11,9 +14,14 @@ bar is missed.
 """
 
 import argparse
+import itertools
+import json
 import math
+import os
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +35,7 @@ import attention_approx as q1
 import utils
 
 LENGTH = 8192
-FORWARD_BARS = {8: 0.015, 16: 0.06, 32: 0.16, 64: 0.45}
+FORWARD_BARS = {8: 0.015, 16: 0.06, 32: 0.15, 64: 0.42}
 BACKWARD_BARS = {16: 0.08, 32: 0.15, 64: 0.5}
 CAUSAL_BAR = 1.0
 CROSSOVER_BAR = 3500  # tokens, D = 64
@@ -40,23 +48,45 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 
 def tokens(length: int, dim: int, batch: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, H, L, D], float32, scores of deviation 1/4."""
+    """q, k, v [B, H, L, D], float32, scores of standard deviation 1/4."""
     generator = torch.Generator().manual_seed(42)
     q, k, v = (torch.randn(*batch, length, dim, generator=generator) for _ in range(3))
     entry = math.sqrt(0.25 / math.sqrt(dim))
     return entry * q, entry * k, v
 
 
+def peak_memory(function: Callable, device: str = "cpu") -> int:
+    """The most bytes of tensors that a call holds at a time, its result included, what was there before not.
+
+    `device` is the type of device that it computes on.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports missing GPUs as errors
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
 def with_backward(attention: Callable, q: Tensor, k: Tensor, v: Tensor) -> Callable:
     """Forward and backward pass as a call without arguments."""
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    slope = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
+    slope = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     return lambda: torch.autograd.grad(attention(*inputs), inputs, slope)
 
 
-def compare(functions: dict[str, Callable], rounds: int) -> dict:
+def compare(functions: dict[str, Callable], rounds: int, device: str = "cpu") -> dict:
     """Medians in ms, and each as a share of the first."""
-    ms = {name: 1e3 * statistics.median(t) for name, t in q1.time_interleaved(functions, rounds).items()}
+    times = q1.time_interleaved(functions, rounds, device=device)
+    ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     yardstick = ms[next(iter(functions))]
     return {"ms": ms, "ratio": {name: value / yardstick for name, value in ms.items()}}
 
@@ -128,8 +158,8 @@ def measure_memory(length: int) -> dict[str, float]:
     """The most MiB that the ways with features hold at a time."""
     q, k, v = tokens(length, 64)
     return {
-        "Taylor": q1.peak_memory(lambda: q1.taylor_attention(q, k, v)) / 2**20,
-        "naive features": q1.peak_memory(lambda: q1.naive_taylor_attention(q, k, v)) / 2**20,
+        "Taylor": peak_memory(lambda: q1.taylor_attention(q, k, v)) / 2**20,
+        "naive features": peak_memory(lambda: q1.naive_taylor_attention(q, k, v)) / 2**20,
     }
 
 
@@ -207,18 +237,90 @@ def judge(record: dict, scale: float) -> list[dict]:
     return rows
 
 
-def main() -> int:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-rounds", type=utils.number(int, 1), default=25)
-    parser.add_argument("-scale", type=utils.number(float, 0, 2, low_fits=False), default=1.0, help="of all lengths")
-    parser.add_argument("-out", type=Path, help="write a record")
-    args = parser.parse_args()
+# ---------------------------------------------------------------------------------------------------
+# The record behind the curves of README and report
 
-    utils.git_state()
-    torch.set_num_threads(1)
-    record = measure(args.rounds, args.scale)
+CURVES = {
+    "lengths": [256, 512, 1024, 2048, 3072, 4096, 8192, 16384],
+    "dims": [16, 64],
+    "terms": [2, 3, 4, 5, 6],
+    "dtype": "float32",
+    "error_length": 1024,
+    "seeds": [42, 43, 44, 45, 46],
+    "rounds": 7,
+}
+FORMULA, NAIVE = "softmax, as the formula", "Taylor, naive features"
+
+
+def four_forms(q: Tensor, k: Tensor, v: Tensor, num_terms: int) -> dict[str, Callable]:
+    """The ways to compute attention that fit into memory, as calls without arguments."""
+    forms = q1.two_forms(q, k, v, num_terms)
+    length, dim = q.shape[-2:]
+    if length**2 < 2**28:  # 1 GiB of scores, and as much of weights
+        forms[FORMULA] = lambda: q1.softmax_attention(q, k, v)
+    if length * q1.num_features(dim, num_terms, symmetric=False) < 2**27:
+        forms[NAIVE] = lambda: q1.naive_taylor_attention(q, k, v, num_terms)
+    return forms
+
+
+def measure_curves(lengths: list[int], error_length: int, seeds: list[int], rounds: int) -> dict:
+    """Features, errors, times and memory, in the form that `attention_approx.draw` and the report read."""
+    dims, terms, cpu = CURVES["dims"], CURVES["terms"], torch.device("cpu")
+    record = {"features": q1.feature_table([8, 16, 32, 64], terms)}
+    record["errors"] = q1.measure_errors(error_length, max(dims), terms, seeds, torch.float32, cpu)
+    record["costs"] = q1.measure_costs(lengths, dims, 3, rounds, torch.float32, cpu, four_forms)
+    with torch.no_grad():
+        for curve in record["costs"]:
+            for point in curve["points"]:
+                q, k, v = q1.random_tokens(point["length"], curve["dim"], 0.25, 42, torch.float32, cpu)
+                forms = four_forms(q, k, v, 3)
+                point["mib"] = {name: peak_memory(form) / 2**20 for name, form in forms.items()}
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------
+# Long sequences on a GPU
+
+
+def measure_lengths(device: torch.device, lengths: list[int], rounds: int) -> list[dict]:
+    """Milliseconds of fused softmax and Taylor attention, B = 1 and H = 8, forward and with backward."""
+    rows = []
+    for dtype, dim, length in itertools.product((torch.float32, torch.bfloat16), (16, 64), lengths):
+        data = [x.to(device, dtype) for x in tokens(length, dim, (1, 8))]
+        row = {"dtype": str(dtype).removeprefix("torch."), "dim": dim, "length": length}
+        forms = {"softmax, fused": softmax, "Taylor": q1.taylor_attention}
+        with torch.no_grad():
+            forward = {name: lambda form=form: form(*data) for name, form in forms.items()}  # noqa: B023
+            row["forward"] = compare(forward, rounds, device.type)
+        backward = {name: with_backward(form, *data) for name, form in forms.items()}
+        row["backward"] = compare(backward, rounds, device.type)
+        rows.append(row)
+        shares = ", ".join(
+            f"{part} {row[part]['ms']['Taylor']:.2f} ms ({row[part]['ratio']['Taylor']:.3g} of fused softmax)"
+            for part in ("forward", "backward")
+        )
+        print(f"{row['dtype']:9s} D = {dim:2d}, L = {length:7,d}: {shares}", flush=True)
+    return rows
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = utils.Parser(prog="bench_q1.py", description=__doc__, formatter_class=raw)
+    add, number = parser.add_argument, utils.number
+    add("-rounds", type=number(int, 1), help="of the timing, whose medians count (bars 25, curves 7, lengths 5)")
+    add("-scale", type=number(float, 0, 2, low_fits=False), default=1.0, help="of all lengths")
+    add("-curves", action="store_true", help="errors, times and memory against the length")
+    add("-draw", type=Path, metavar="RECORD", help="draw the figure of a record of -curves")
+    add("-figures", type=Path, metavar="FOLDER", help="where the figure goes (beside the record)")
+    add("-device", default="cpu", help="cpu (default), cuda or cuda:N; other than cpu: time long sequences on it")
+    add("-lengths", type=number(int, 2, 2**20), nargs="+", metavar="L", help="of -device (1024 to 131072)")
+    add("-out", type=Path, metavar="FILE", help="write a record; one that is there is replaced")
+    return parser.parse_args(arguments)
+
+
+def measure_bars(args: argparse.Namespace) -> dict:
+    record = measure(args.rounds or 25, args.scale)
     record["bars"] = judge(record, args.scale)
-
     print(f"forward, L = {record['length']:,}: ms (share of fused softmax)")
     for dim, result in record["plain"].items():
         cells = [f"{name} {result['ms'][name]:.2f} ({ratio:.3f})" for name, ratio in result["ratio"].items()]
@@ -230,11 +332,49 @@ def main() -> int:
     for bar in record["bars"]:
         value = "none" if bar["value"] is None else f"{bar['value']:.4g}"
         print(f"{bar['what']:48s}{value:>10s}{bar['bar']:10g}{'' if bar['kept'] else '   MISSED'}")
+    config = {"rounds": args.rounds or 25, "scale": args.scale, "num_terms": 3, "dtype": "float32"}
+    return {"config": config} | record
+
+
+def draw(args: argparse.Namespace) -> None:
+    try:
+        q1.draw(json.loads(args.draw.read_text()), args.figures or args.draw.parent)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise utils.InputError(f"-draw {args.draw}: not a record of question 1 ({error!r})") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.draw:
+        return draw(args)
+    device, started = utils.choose_device(args.device), time.perf_counter()
+    torch.set_num_threads(1)
+    if args.curves:
+        lengths, error_length = ([max(16, int(n * args.scale)) for n in x] for x in (CURVES["lengths"], [1024]))
+        config = CURVES | {"lengths": sorted({*lengths}), "error_length": error_length[0]}
+        config["rounds"] = args.rounds or config["rounds"]
+        record = measure_curves(config["lengths"], error_length[0], config["seeds"], config["rounds"])
+        record = {"config": config} | record | {"seed": config["seeds"][0], "seconds": time.perf_counter() - started}
+        q1.print_tables(record)
+    elif args.lengths or device.type != "cpu":
+        config = {"lengths": args.lengths or [2**n for n in range(10, 18)], "rounds": args.rounds or 5}
+        record = {"config": config, "rows": measure_lengths(device, config["lengths"], config["rounds"])}
+    else:
+        record = measure_bars(args)
     if args.out:
-        about = {"config": {"rounds": args.rounds, "scale": args.scale, "num_terms": 3, "dtype": "float32"}}
-        about["dataset"] = {"name": "normal random numbers, scores of deviation 1/4", "kind": "random"}
-        utils.write_json(args.out, about | record | {"threads": 1, "device": "cpu"} | utils.run_environment())
-    return 0 if all(bar["kept"] for bar in record["bars"]) else 1
+        dataset = {"name": "normal random numbers, scores of standard deviation 1/4", "kind": "random"}
+        about = {"dataset": dataset, "threads": 1, "device": str(device)} | utils.run_environment(device)
+        utils.write_json(args.out, record | about)
+    args.missed = not all(bar["kept"] for bar in record.get("bars", []))
+
+
+def main() -> int:
+    args = argparse.Namespace(missed=False)  # run_script keeps what it parses; whether a bar was missed must get out
+
+    def parse(arguments: list[str] | None) -> argparse.Namespace:
+        vars(args).update(vars(parse_arguments(arguments)))
+        return args
+
+    return utils.run_script("bench_q1.py", parse, run, None, "stopped, nothing was written") or int(args.missed)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_the_pictures_of_the_readme_are_what_the_records_give(tmp_path, monkeypa
     monkeypatch.setattr(pictures, "FIGURES", tmp_path)
     for folder in ("q1", "q2", "q3"):
         (tmp_path / folder).mkdir()
-    attention_approx.draw_again(ROOT / "results" / "q1.json", tmp_path / "q1")
+    attention_approx.draw(json.loads((ROOT / "results" / "q1.json").read_text()), tmp_path / "q1")
     for path in (ROOT / "results" / "q2").glob("*/grid.json"):
         q2.draw(path, tmp_path / "q2")
     pictures.draw_overview()
