@@ -26,7 +26,6 @@ import argparse
 import itertools
 import math
 import numbers
-import statistics
 import sys
 import time
 import warnings
@@ -798,7 +797,12 @@ def _diameter(v: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The script: how many features, how good, how fast
+# The script: how many features, how good, how fast. What is recorded is measured by benchmarks/bench_q1.py.
+
+SOFTMAX, TAYLOR = "softmax, fused", "Taylor"
+SCORE_STDS = [0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
+LENGTHS, QUICK_LENGTHS = [256, 512, 1024, 2048, 4096, 8192], [512, 1024, 2048, 4096]
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def _runs():
@@ -806,12 +810,6 @@ def _runs():
     import utils as runs
 
     return runs
-
-
-SOFTMAX, TAYLOR = "softmax, fused", "Taylor"
-SCORE_STDS = [0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
-LENGTHS, QUICK_LENGTHS = [256, 512, 1024, 2048, 4096, 8192], [512, 1024, 2048, 4096]
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def random_tokens(length: int, dim: int, score_std: float, seed: int, dtype: torch.dtype, device: torch.device):
@@ -822,196 +820,86 @@ def random_tokens(length: int, dim: int, score_std: float, seed: int, dtype: tor
     return tuple(x.to(device, dtype) for x in (entry * draws[0], entry * draws[1], draws[2]))
 
 
-def feature_table(dims: list[int], terms: list[int]) -> list[dict]:
-    """M for every D and K: each monomial once, and every order of the coordinates."""
-    return [
-        {"dim": d, "num_terms": k, "merged": num_features(d, k), "unmerged": num_features(d, k, symmetric=False)}
-        for d in dims
-        for k in terms
-    ]
-
-
-def measure_errors(length: int, dim: int, terms: list[int], seeds: list[int], dtype: torch.dtype, device) -> dict:
-    """|Z_hat - Z| / |Z| (Frobenius) against the size of the scores for each K, beside the mean of V and the bound."""
-
-    def summary(values: list[float]) -> dict:
-        return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-
-    points = []
-    for score_std in SCORE_STDS:
-        of_mean, trials = [], {num_terms: [] for num_terms in terms}
-        for seed in seeds:
-            q, k, v = random_tokens(length, dim, score_std, seed, dtype, device)
-            exact = softmax_attention(q.double(), k.double(), v.double())
-            of_mean.append(float((v.double().mean(-2, keepdim=True) - exact).norm() / exact.norm()))
-            for num_terms in terms:
-                bound = float(error_bound(q, k, v, num_terms).norm() / exact.norm())
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", RuntimeWarning)
-                    try:
-                        z = taylor_attention(q, k, v, num_terms).double()
-                        error = float((z - exact).norm() / exact.norm())
-                    except ValueError:  # an even K left a denominator that cannot be used
-                        error = math.nan
-                trials[num_terms].append((error, bound, bool(caught)))
-        outcomes = {}
-        for num_terms in terms:
-            errors, bounds, negative = zip(*trials[num_terms], strict=True)
-            without = sum(map(math.isnan, errors))
-            outcomes[str(num_terms)] = {
-                "error": None if without else summary(errors),
-                "bound": max(bounds) if max(bounds) < math.inf else None,
-                "runs_with_negative_weights": sum(negative),
-                "runs_without_result": without,
-            }
-        points.append({"score_std": score_std, "mean_of_v": summary(of_mean), "terms": outcomes})
-    return {"length": length, "dim": dim, "seeds": seeds, "points": points}
-
-
-def time_interleaved(
-    functions: dict[str, Callable], rounds: int, least_seconds: float = 0.02, device: str = "cpu"
-) -> dict[str, list[float]]:
-    """Seconds a call of each function, once a round, in turns that change from round to round.
-
-    A function is called again until `least_seconds` have passed, and the mean of these calls counts. `device` is the
-    type of device that they compute on: a GPU is waited for.
-    """
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds, order = {name: [] for name in functions}, list(functions)
-    for name in order:
-        functions[name]()
-    for _ in range(rounds):
-        for name in order:
-            synchronise()
-            calls, started = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - started < least_seconds:
-                functions[name]()
-                synchronise()
-                calls += 1
-            seconds[name].append((time.perf_counter() - started) / calls)
-        order = order[1:] + order[:1]
-    return seconds
-
-
-def two_forms(q: Tensor, k: Tensor, v: Tensor, num_terms: int) -> dict[str, Callable]:
-    return {
-        SOFTMAX: lambda: F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0),
-        TAYLOR: lambda: taylor_attention(q, k, v, num_terms),
-    }
+def relative_errors(q: Tensor, k: Tensor, v: Tensor, terms: list[int]) -> dict[int, tuple[float, float, bool]]:
+    """|Z_hat - Z| / |Z| (Frobenius) for each K, the bound on it, and whether weights are negative; NaN: no result."""
+    exact, outcomes = softmax_attention(q.double(), k.double(), v.double()), {}
+    for num_terms in terms:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            try:
+                error = float((taylor_attention(q, k, v, num_terms).double() - exact).norm() / exact.norm())
+            except ValueError:  # an even K left a denominator that cannot be used
+                error = math.nan
+        bound = float(error_bound(q, k, v, num_terms).norm() / exact.norm())
+        outcomes[num_terms] = error, bound, bool(caught)
+    return outcomes
 
 
 @torch.no_grad()
-def measure_costs(lengths: list[int], dims: list[int], num_terms: int, rounds: int, dtype, device, forms=two_forms):
-    """Milliseconds of a forward pass against L, for each D, with the length from which Taylor is faster."""
-    curves = []
-    for dim in dims:
-        points = []
-        for length in lengths:
-            q, k, v = random_tokens(length, dim, 0.25, 42, dtype, device)
-            times = time_interleaved(forms(q, k, v, num_terms), rounds, device=device.type)
-            points.append({"length": length, "ms": {name: 1e3 * statistics.median(t) for name, t in times.items()}})
-        curves.append({"dim": dim, "num_terms": num_terms, "points": points, "crossover": crossover(points)})
-    return curves
+def measure_times(lengths: list[int], dim: int, num_terms: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
+    """Milliseconds of a forward pass for each length, printed on the way."""
+    from torch.utils.benchmark import Timer
+
+    print(f"\nMilliseconds of a forward pass, D = {dim}, K = {num_terms}\n{'L':>8s}{SOFTMAX:>18s}{TAYLOR:>10s}")
+    points = []
+    for length in lengths:
+        q, k, v = (x[None] for x in random_tokens(length, dim, 0.25, 42, dtype, device))
+        forms = {
+            SOFTMAX: lambda: F.scaled_dot_product_attention(q, k, v, scale=1.0),  # noqa: B023
+            TAYLOR: lambda: taylor_attention(q, k, v, num_terms),  # noqa: B023
+        }
+        timers = {
+            name: Timer("form()", globals={"form": f}, num_threads=torch.get_num_threads()) for name, f in forms.items()
+        }
+        points.append(
+            {"length": length, "ms": {name: 1e3 * t.blocked_autorange().median for name, t in timers.items()}}
+        )
+        print(f"{length:8,d}{points[-1]['ms'][SOFTMAX]:18.2f}{points[-1]['ms'][TAYLOR]:10.2f}", flush=True)
+    slower = max((point["length"] for point in points if point["ms"][TAYLOR] >= point["ms"][SOFTMAX]), default=0)
+    if slower == lengths[-1]:
+        print(f"These lengths are too short: Taylor attention is not faster up to L = {slower:,}.")
+    else:
+        print(f"Taylor attention is faster than fused softmax at all lengths above L = {slower:,}.")
+    return points
 
 
-def crossover(points: list[dict]) -> float | None:
-    """The length from which Taylor attention stays faster than fused softmax, between two measured lengths.
-
-    Interpolated on logarithms; None if it is not faster at the longest, or faster already at the shortest.
-    """
-    ratios = [(math.log(p["length"]), math.log(p["ms"][TAYLOR] / p["ms"][SOFTMAX])) for p in points]
-    if ratios[-1][1] >= 0:
-        return None
-    for (l0, r0), (l1, r1) in reversed(list(itertools.pairwise(ratios))):
-        if r0 >= 0:
-            return math.exp(l0 + (l1 - l0) * r0 / (r0 - r1))
-    return None
-
-
-def crossover_sentence(curve: dict) -> str:
-    if curve["crossover"]:
-        return f"D = {curve['dim']}: Taylor is faster than fused softmax from L = {curve['crossover']:,.0f} on"
-    last = curve["points"][-1]
-    if last["ms"][TAYLOR] < last["ms"][SOFTMAX]:
-        return f"D = {curve['dim']}: Taylor is faster at all of these lengths"
-    return f"D = {curve['dim']}: these lengths are too short: Taylor is not faster up to L = {last['length']:,}"
-
-
-def print_tables(record: dict) -> None:
-    terms = list(record["errors"]["points"][0]["terms"])
-    print("Features M for D dimensions and K terms: each monomial once (every order of its coordinates)")
-    print(" " * 8 + "".join(f"{f'K = {k}':>28s}" for k in terms))
-    for dim, rows in itertools.groupby(record["features"], key=lambda row: row["dim"]):
-        print(f"{f'D = {dim}':8s}" + "".join(f"{'{merged:,} ({unmerged:,})'.format(**row):>28s}" for row in rows))
-
-    errors = record["errors"]
-    print(f"\nRelative error of Z against the standard deviation of the scores (L = {errors['length']}, D = ", end="")
-    print(f"{errors['dim']},\nmean of {len(errors['seeds'])} draws; proven bound). *: negative weights, --: no result")
-    print(f"{'scores':>8s}{'mean of V':>12s}" + "".join(f"{f'K = {k}':>22s}" for k in terms))
-    for point in errors["points"]:
-        cells = []
-        for outcome in point["terms"].values():
-            error = f"{outcome['error']['mean']:.1e}" if outcome["error"] else "--"
-            bound = f"{outcome['bound']:.1e}" if outcome["bound"] else "none"
-            cells.append(f"{error}{'*' if outcome['runs_with_negative_weights'] else ''} ({bound})")
-        print(f"{point['score_std']:8g}{point['mean_of_v']['mean']:12.2g}" + "".join(f"{cell:>22s}" for cell in cells))
-
-    for curve in record["costs"]:
-        names = list(curve["points"][0]["ms"])
-        print(f"\nForward pass, D = {curve['dim']}, K = {curve['num_terms']}: milliseconds")
-        print(f"{'L':>8s}" + "".join(f"{name:>26s}" for name in names))
-        for point in curve["points"]:
-            cells = [f"{point['ms'][name]:.2f}" if name in point["ms"] else "" for name in names]
-            print(f"{point['length']:8,d}" + "".join(f"{cell:>26s}" for cell in cells))
-        print(crossover_sentence(curve))
-
-
-def draw(record: dict, folder: Path) -> None:
-    """Draw the errors of a record, and its times for each D, as attention.png and attention.svg."""
+def draw(errors: dict[int, list[tuple[float, float, float]]], curves: list[dict], folder: Path) -> None:
+    """attention.png and .svg: for each K the errors and bounds against the scores' size, for each D time against L."""
     from utils import COLOURS, new_figure, save_figure
 
-    errors, curves, dtype = record["errors"], record["costs"], record["config"]["dtype"]
     figure, (axes, *panels) = new_figure(1, 1 + len(curves), size=(5.2, 4.4))
-    stds = [point["score_std"] for point in errors["points"]]
-    for num_terms, colour in zip(errors["points"][0]["terms"], itertools.cycle(COLOURS), strict=False):
-        outcomes = [point["terms"][num_terms] for point in errors["points"]]
-        means = [outcome["error"]["mean"] if outcome["error"] else math.nan for outcome in outcomes]
+    for (num_terms, rows), colour in zip(errors.items(), itertools.cycle(COLOURS), strict=False):
+        stds, means, bounds = zip(*rows, strict=True)
         axes.plot(stds, means, "o-", color=colour, markersize=4.5, label=f"K = {num_terms}")
-        axes.plot(stds, [outcome["bound"] or math.nan for outcome in outcomes], ":", color=colour, linewidth=1.2)
-    axes.plot(stds, [p["mean_of_v"]["mean"] for p in errors["points"]], "k--", linewidth=1.2, label="mean of V")
+        axes.plot(stds, bounds, ":", color=colour, linewidth=1.2)
     axes.plot([], [], ":", color="#555555", label="proven bound")
     axes.set(xscale="log", yscale="log", xlabel="standard deviation of the scores q·k", ylabel="relative error of Z")
-    axes.set_title(f"Error, L = {errors['length']:,}, D = {errors['dim']}, {dtype}")
     axes.legend(fontsize=8, loc="lower right", ncols=2)
-
     times = [ms for curve in curves for point in curve["points"] for ms in point["ms"].values()]
     for axes, curve in zip(panels, curves, strict=True):
         for name, colour in zip(curve["points"][0]["ms"], ("#000000", *COLOURS), strict=False):
             points = [(p["length"], p["ms"][name]) for p in curve["points"] if name in p["ms"]]
             axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=colour, label=name)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set(yscale="log", xlabel="length L (tokens)", ylabel="time of a forward pass (ms)")
         axes.set_ylim(min(times) / 1.5, max(times) * 1.5)  # one scale, so that the panels can be compared
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_title(f"Time, D = {curve['dim']}, K = {curve['num_terms']}, {record['device']}")
-        if curve["crossover"]:
-            axes.axvline(curve["crossover"], color=COLOURS[0], linestyle=":", linewidth=1.2)
+        axes.set_title(f"D = {curve['dim']}, K = {curve['num_terms']}")
         axes.legend(fontsize=8)
     save_figure(figure, folder / "attention")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    runs = _runs()
-    raw = argparse.RawDescriptionHelpFormatter
+    runs, raw = _runs(), argparse.RawDescriptionHelpFormatter
     parser = runs.Parser(prog="attention_approx.py", description=__doc__, formatter_class=raw)
-    add, count = parser.add_argument, runs.number
-    add("-quick", action="store_true", help="fewer lengths (512 to 4096), errors at L = 256, of 2 draws, 3 rounds")
-    add("-lengths", type=count(int, 2, 2**20), nargs="+", metavar="L", help="of the times (default 256 to 8192)")
-    add("-dims", type=count(int, 1, 1025), nargs="+", metavar="D", default=[16, 64], help="of the times (16 64)")
-    add("-terms", type=count(int, 1, 21), nargs="+", metavar="K", default=[2, 3, 4, 5, 6], help="(2 3 4 5 6)")
+    add, number = parser.add_argument, runs.number
+    add("-quick", action="store_true", help="L = 512 to 4096, errors at L = 256")
+    add("-lengths", type=number(int, 2, 2**20), nargs="+", metavar="L", help="of the times (default 256 to 8192)")
+    add("-dims", type=number(int, 1, 1025), nargs="+", metavar="D", default=[16, 64], help="of the times (16 64)")
+    add("-terms", type=number(int, 1, 21), nargs="+", metavar="K", default=[2, 3, 4, 5, 6], help="(2 3 4 5 6)")
     add("-dtype", choices=DTYPES, default="float32", help="of q, k and v (float32)")
     add("-device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
-    add("-threads", type=count(int, 1, 1025), default=1, help="CPU threads (1)")
+    add("-threads", type=number(int, 1, 1025), default=1, help="CPU threads (1)")
     add("-out", type=Path, metavar="FILE", help="write a record of all numbers; the file must not exist yet")
     add("-figures", type=Path, metavar="FOLDER", default=Path("runs/q1"), help="where the figure goes (runs/q1)")
     args = parser.parse_args(arguments)
@@ -1023,30 +911,46 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     from utils import choose_device
 
-    runs = _runs()
+    runs, device, dtype, started = _runs(), choose_device(args.device), DTYPES[args.dtype], time.perf_counter()
     if args.out and args.out.exists():
         raise runs.InputError(f"-out {args.out}: exists already; name a new file")
-    device, dtype, started = choose_device(args.device), DTYPES[args.dtype], time.perf_counter()
     for folder in (args.figures, *([args.out.parent] if args.out else [])):
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before it is measured
     torch.set_num_threads(args.threads)
 
-    error_length, seeds, rounds = (256, [42, 43], 3) if args.quick else (1024, [42, 43, 44], 5)
-    record = {"config": {name: getattr(args, name) for name in ("lengths", "dims", "terms", "dtype")}}
-    record |= {"dataset": {"name": "normal random numbers", "kind": "random"}, "seed": seeds[0]}
-    record["features"] = feature_table(sorted({8, 16, 32, 64, *args.dims}), args.terms)
-    record["errors"] = measure_errors(error_length, max(args.dims), args.terms, seeds, dtype, device)
-    num_terms = 3 if 3 in args.terms else args.terms[0]
-    record["costs"] = measure_costs(args.lengths, args.dims, num_terms, rounds, dtype, device)
-    record |= {"seconds": time.perf_counter() - started, "device": str(device), "threads": args.threads}
-    print_tables(record)
-    draw(record, args.figures)
-    if args.out:
-        runs.write_json(args.out, record | runs.run_environment(device))
+    heads = "".join(f"{f'K = {num_terms}':>28s}" for num_terms in args.terms)
     print(
-        f"\n{record['seconds']:.0f} s; figure {args.figures / 'attention.png'}",
-        *([f"record {args.out}"] if args.out else []),
+        f"Features M for D dimensions and K terms: each monomial once (every order of its coordinates)\n{'':8s}{heads}"
     )
+    for dim in sorted({8, 16, 32, 64, *args.dims}):
+        cells = [f"{num_features(dim, k):,} ({num_features(dim, k, symmetric=False):,})" for k in args.terms]
+        print(f"D = {dim:<4d}" + "".join(f"{cell:>28s}" for cell in cells))
+
+    length, dim, errors = 256 if args.quick else 1024, max(args.dims), {num_terms: [] for num_terms in args.terms}
+    print(
+        f"\nRelative error of Z (L = {length:,}, D = {dim}) against the standard deviation of the scores; in brackets"
+    )
+    print(f"the proven bound. *: negative weights, nan: no result\n{'scores':8s}{heads}")
+    for score_std in SCORE_STDS:
+        outcomes = relative_errors(*random_tokens(length, dim, score_std, 42, dtype, device), args.terms)
+        for num_terms, (error, bound, _) in outcomes.items():
+            errors[num_terms].append((score_std, error, bound))
+        cells = [f"{error:.1e}{'*' if negative else ''} ({bound:.1e})" for error, bound, negative in outcomes.values()]
+        print(f"{score_std:<8g}" + "".join(f"{cell:>28s}" for cell in cells), flush=True)
+
+    num_terms = 3 if 3 in args.terms else args.terms[0]
+    curves = [
+        {"dim": dim, "num_terms": num_terms, "points": measure_times(args.lengths, dim, num_terms, dtype, device)}
+        for dim in args.dims
+    ]
+    draw(errors, curves, args.figures)
+    if args.out:
+        finite = {k: [[x if math.isfinite(x) else None for x in row] for row in rows] for k, rows in errors.items()}
+        record = {"config": {name: getattr(args, name) for name in ("lengths", "dims", "terms", "dtype")}}
+        record |= {"dataset": {"name": "normal random numbers", "kind": "random"}, "errors": finite, "costs": curves}
+        record |= {"seed": 42, "seconds": time.perf_counter() - started, "device": str(device), "threads": args.threads}
+        runs.write_json(args.out, record | runs.run_environment(device))
+    print(f"\nfigure {args.figures / 'attention.png'}" + (f", record {args.out}" if args.out else ""))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -55,6 +55,30 @@ def tokens(length: int, dim: int, batch: tuple[int, int] = (1, 1)) -> tuple[Tens
     return entry * q, entry * k, v
 
 
+def time_interleaved(
+    functions: dict[str, Callable], rounds: int, least_seconds: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds a call of each function, once a round, in turns that change from round to round; a GPU is waited for.
+
+    A function is called again until `least_seconds` have passed, and the mean of these calls counts.
+    """
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds, order = {name: [] for name in functions}, list(functions)
+    for name in order:
+        functions[name]()
+    for _ in range(rounds):
+        for name in order:
+            synchronise()
+            calls, started = 0, time.perf_counter()
+            while calls == 0 or time.perf_counter() - started < least_seconds:
+                functions[name]()
+                synchronise()
+                calls += 1
+            seconds[name].append((time.perf_counter() - started) / calls)
+        order = order[1:] + order[:1]
+    return seconds
+
+
 def peak_memory(function: Callable, device: str = "cpu") -> int:
     """The most bytes of tensors that a call holds at a time, its result included, what was there before not.
 
@@ -83,9 +107,9 @@ def with_backward(attention: Callable, q: Tensor, k: Tensor, v: Tensor) -> Calla
     return lambda: torch.autograd.grad(attention(*inputs), inputs, slope)
 
 
-def compare(functions: dict[str, Callable], rounds: int, device: str = "cpu") -> dict:
+def compare(functions: dict[str, Callable], rounds: int) -> dict:
     """Medians in ms, and each as a share of the first."""
-    times = q1.time_interleaved(functions, rounds, device=device)
+    times = time_interleaved(functions, rounds)
     ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     yardstick = ms[next(iter(functions))]
     return {"ms": ms, "ratio": {name: value / yardstick for name, value in ms.items()}}
@@ -254,7 +278,10 @@ FORMULA, NAIVE = "softmax, as the formula", "Taylor, naive features"
 
 def four_forms(q: Tensor, k: Tensor, v: Tensor, num_terms: int) -> dict[str, Callable]:
     """The ways to compute attention that fit into memory, as calls without arguments."""
-    forms = q1.two_forms(q, k, v, num_terms)
+    forms = {
+        q1.SOFTMAX: lambda: softmax(q[None], k[None], v[None]),
+        q1.TAYLOR: lambda: q1.taylor_attention(q, k, v, num_terms),
+    }
     length, dim = q.shape[-2:]
     if length**2 < 2**28:  # 1 GiB of scores, and as much of weights
         forms[FORMULA] = lambda: q1.softmax_attention(q, k, v)
@@ -263,19 +290,99 @@ def four_forms(q: Tensor, k: Tensor, v: Tensor, num_terms: int) -> dict[str, Cal
     return forms
 
 
+@torch.no_grad()
+def measure_costs(lengths: list[int], dim: int, rounds: int) -> dict:
+    """Milliseconds and MiB of a forward pass against L, with the length from which Taylor is faster."""
+    points = []
+    for length in tqdm(lengths, desc=f"costs, D = {dim}", disable=None, leave=False):
+        forms = four_forms(*q1.random_tokens(length, dim, 0.25, 42, torch.float32, torch.device("cpu")), 3)
+        ms = {name: 1e3 * statistics.median(seconds) for name, seconds in time_interleaved(forms, rounds).items()}
+        mib = {name: peak_memory(form) / 2**20 for name, form in forms.items()}
+        points.append({"length": length, "ms": ms, "mib": mib})
+    curve = {"dim": dim, "num_terms": 3, "points": points, "crossover": crossover(points)}
+    print(crossover_sentence(curve))
+    return curve
+
+
+def crossover(points: list[dict]) -> float | None:
+    """The length from which Taylor attention stays faster than fused softmax, between two measured lengths.
+
+    Interpolated on logarithms; None if it is not faster at the longest, or faster already at the shortest.
+    """
+    ratios = [(math.log(p["length"]), math.log(p["ms"][q1.TAYLOR] / p["ms"][q1.SOFTMAX])) for p in points]
+    if ratios[-1][1] >= 0:
+        return None
+    for (l0, r0), (l1, r1) in reversed(list(itertools.pairwise(ratios))):
+        if r0 >= 0:
+            return math.exp(l0 + (l1 - l0) * r0 / (r0 - r1))
+    return None
+
+
+def crossover_sentence(curve: dict) -> str:
+    if curve["crossover"]:
+        return f"D = {curve['dim']}: Taylor is faster than fused softmax from L = {curve['crossover']:,.0f} on"
+    last = curve["points"][-1]
+    if last["ms"][q1.TAYLOR] < last["ms"][q1.SOFTMAX]:
+        return f"D = {curve['dim']}: Taylor is faster at all of these lengths"
+    return f"D = {curve['dim']}: these lengths are too short: Taylor is not faster up to L = {last['length']:,}"
+
+
+def feature_table(dims: list[int], terms: list[int]) -> list[dict]:
+    """M for every D and K: each monomial once, and every order of the coordinates."""
+    return [
+        {"dim": d, "num_terms": k, "merged": q1.num_features(d, k), "unmerged": q1.num_features(d, k, symmetric=False)}
+        for d in dims
+        for k in terms
+    ]
+
+
+def measure_errors(length: int, dim: int, terms: list[int], seeds: list[int]) -> dict:
+    """The relative error of Z against the size of the scores for each K, beside the mean of V and the bound."""
+
+    def summary(values: list[float]) -> dict:
+        return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+    points = []
+    for score_std in tqdm(q1.SCORE_STDS, desc="errors", disable=None, leave=False):
+        draws = [q1.random_tokens(length, dim, score_std, s, torch.float32, torch.device("cpu")) for s in seeds]
+        trials, of_mean = [q1.relative_errors(*draw, terms) for draw in draws], []
+        for q, k, v in draws:
+            exact = q1.softmax_attention(q.double(), k.double(), v.double())
+            of_mean.append(float((v.double().mean(-2, keepdim=True) - exact).norm() / exact.norm()))
+        outcomes = {}
+        for num_terms in terms:
+            errors, bounds, negative = zip(*(trial[num_terms] for trial in trials), strict=True)
+            without = sum(map(math.isnan, errors))
+            outcomes[str(num_terms)] = {
+                "error": None if without else summary(errors),
+                "bound": max(bounds) if max(bounds) < math.inf else None,
+                "runs_with_negative_weights": sum(negative),
+                "runs_without_result": without,
+            }
+        points.append({"score_std": score_std, "mean_of_v": summary(of_mean), "terms": outcomes})
+    return {"length": length, "dim": dim, "seeds": seeds, "points": points}
+
+
 def measure_curves(lengths: list[int], error_length: int, seeds: list[int], rounds: int) -> dict:
-    """Features, errors, times and memory, in the form that `attention_approx.draw` and the report read."""
-    dims, terms, cpu = CURVES["dims"], CURVES["terms"], torch.device("cpu")
-    record = {"features": q1.feature_table([8, 16, 32, 64], terms)}
-    record["errors"] = q1.measure_errors(error_length, max(dims), terms, seeds, torch.float32, cpu)
-    record["costs"] = q1.measure_costs(lengths, dims, 3, rounds, torch.float32, cpu, four_forms)
-    with torch.no_grad():
-        for curve in record["costs"]:
-            for point in curve["points"]:
-                q, k, v = q1.random_tokens(point["length"], curve["dim"], 0.25, 42, torch.float32, cpu)
-                forms = four_forms(q, k, v, 3)
-                point["mib"] = {name: peak_memory(form) / 2**20 for name, form in forms.items()}
+    """Features, errors, times and memory, in the form that the report reads."""
+    dims, terms = CURVES["dims"], CURVES["terms"]
+    record = {"features": feature_table([8, 16, 32, 64], terms)}
+    record["errors"] = measure_errors(error_length, max(dims), terms, seeds)
+    record["costs"] = [measure_costs(lengths, dim, rounds) for dim in dims]
     return record
+
+
+def draw(record: dict, folder: Path) -> None:
+    """The script's figure, from a record of the curves."""
+    errors = {
+        num_terms: [
+            (point["score_std"], (outcome["error"] or {"mean": math.nan})["mean"], outcome["bound"] or math.nan)
+            for point in record["errors"]["points"]
+            for outcome in [point["terms"][num_terms]]
+        ]
+        for num_terms in record["errors"]["points"][0]["terms"]
+    }
+    q1.draw(errors, record["costs"], folder)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -291,9 +398,9 @@ def measure_lengths(device: torch.device, lengths: list[int], rounds: int) -> li
         forms = {"softmax, fused": softmax, "Taylor": q1.taylor_attention}
         with torch.no_grad():
             forward = {name: lambda form=form: form(*data) for name, form in forms.items()}  # noqa: B023
-            row["forward"] = compare(forward, rounds, device.type)
+            row["forward"] = compare(forward, rounds)
         backward = {name: with_backward(form, *data) for name, form in forms.items()}
-        row["backward"] = compare(backward, rounds, device.type)
+        row["backward"] = compare(backward, rounds)
         rows.append(row)
         shares = ", ".join(
             f"{part} {row[part]['ms']['Taylor']:.2f} ms ({row[part]['ratio']['Taylor']:.3g} of fused softmax)"
@@ -336,16 +443,12 @@ def measure_bars(args: argparse.Namespace) -> dict:
     return {"config": config} | record
 
 
-def draw(args: argparse.Namespace) -> None:
-    try:
-        q1.draw(json.loads(args.draw.read_text()), args.figures or args.draw.parent)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise utils.InputError(f"-draw {args.draw}: not a record of question 1 ({error!r})") from None
-
-
 def run(args: argparse.Namespace) -> None:
     if args.draw:
-        return draw(args)
+        try:
+            return draw(json.loads(args.draw.read_text()), args.figures or args.draw.parent)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise utils.InputError(f"-draw {args.draw}: not a record of -curves ({error!r})") from None
     device, started = utils.choose_device(args.device), time.perf_counter()
     torch.set_num_threads(1)
     if args.curves:
@@ -354,7 +457,6 @@ def run(args: argparse.Namespace) -> None:
         config["rounds"] = args.rounds or config["rounds"]
         record = measure_curves(config["lengths"], error_length[0], config["seeds"], config["rounds"])
         record = {"config": config} | record | {"seed": config["seeds"][0], "seconds": time.perf_counter() - started}
-        q1.print_tables(record)
     elif args.lengths or device.type != "cpu":
         config = {"lengths": args.lengths or [2**n for n in range(10, 18)], "rounds": args.rounds or 5}
         record = {"config": config, "rows": measure_lengths(device, config["lengths"], config["rounds"])}

@@ -16,10 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = str(ROOT), str(ROOT / "benchmarks")
+
+from bench_q1 import crossover_sentence  # noqa: E402
 
 import utils  # noqa: E402
-from attention_approx import crossover_sentence  # noqa: E402
 from offline_data import OCTMNIST_CLASS_COUNTS  # noqa: E402
 
 
