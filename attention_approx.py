@@ -26,6 +26,7 @@ import argparse
 import itertools
 import math
 import numbers
+import statistics
 import sys
 import time
 import warnings
@@ -835,26 +836,31 @@ def relative_errors(q: Tensor, k: Tensor, v: Tensor, terms: list[int]) -> dict[i
     return outcomes
 
 
+def milliseconds(call: Callable, device: torch.device) -> float:
+    """The median of at least three calls and a fifth of a second; a GPU is waited for."""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    call()
+    while len(seconds) < 3 or sum(seconds) < 0.2:
+        synchronise()
+        started = time.perf_counter()
+        call()
+        synchronise()
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(seconds)
+
+
 @torch.no_grad()
 def measure_times(lengths: list[int], dim: int, num_terms: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
     """Milliseconds of a forward pass for each length, printed on the way."""
-    from torch.utils.benchmark import Timer
-
     print(f"\nMilliseconds of a forward pass, D = {dim}, K = {num_terms}\n{'L':>8s}{SOFTMAX:>18s}{TAYLOR:>10s}")
     points = []
     for length in lengths:
-        q, k, v = (x[None] for x in random_tokens(length, dim, 0.25, 42, dtype, device))
-        forms = {
-            SOFTMAX: lambda: F.scaled_dot_product_attention(q, k, v, scale=1.0),  # noqa: B023
-            TAYLOR: lambda: taylor_attention(q, k, v, num_terms),  # noqa: B023
-        }
-        timers = {
-            name: Timer("form()", globals={"form": f}, num_threads=torch.get_num_threads()) for name, f in forms.items()
-        }
-        points.append(
-            {"length": length, "ms": {name: 1e3 * t.blocked_autorange().median for name, t in timers.items()}}
-        )
-        print(f"{length:8,d}{points[-1]['ms'][SOFTMAX]:18.2f}{points[-1]['ms'][TAYLOR]:10.2f}", flush=True)
+        tokens = [x[None] for x in random_tokens(length, dim, 0.25, 42, dtype, device)]  # [1, 1, L, D]
+        softmax = milliseconds(partial(F.scaled_dot_product_attention, *tokens, scale=1.0), device)
+        taylor = milliseconds(partial(taylor_attention, *tokens, num_terms), device)
+        points.append({"length": length, "ms": {SOFTMAX: softmax, TAYLOR: taylor}})
+        print(f"{length:8,d}{softmax:18.2f}{taylor:10.2f}", flush=True)
     slower = max((point["length"] for point in points if point["ms"][TAYLOR] >= point["ms"][SOFTMAX]), default=0)
     if slower == lengths[-1]:
         print(f"These lengths are too short: Taylor attention is not faster up to L = {slower:,}.")
