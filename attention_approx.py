@@ -454,7 +454,7 @@ def crossover_length(dim: int, num_terms: int) -> float:
     All pairs cost L² D operations and features L M D, so the length is in proportion to M; the constant stands for
     what a call costs besides.
     """
-    return (350 if num_terms <= 3 else 500) + 0.9 * min(num_features(dim, num_terms), 2**60)
+    return 350 + 0.8 * min(num_features(dim, num_terms), 2**60)
 
 
 def _features_are_faster(x: "_Inputs", num_terms: int, causal: bool) -> bool:
