@@ -207,11 +207,15 @@ def _lower_features(x: Tensor, layout: _Layout, buffer: Tensor) -> Tensor:
 def _features(x: Tensor, layout: _Layout, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """All features of x [n, D, tokens] as (rows, features [n, rows, tokens]), one product after the other."""
     lower = _lower_features(x, layout, buffer)
-    yield slice(0, layout.num_lower), lower
-    for product in layout.top:
-        features = buffer[:, layout.num_lower :][:, : product.rows.stop - product.rows.start]
-        torch.mul(*product.factors(lower), out=product.unfold(features))
-        yield product.rows, features
+    if not layout.top:
+        yield slice(0, layout.num_lower), lower
+    for i, product in enumerate(layout.top):
+        stop = layout.num_lower + product.rows.stop - product.rows.start
+        torch.mul(*product.factors(lower), out=product.unfold(buffer[:, layout.num_lower : stop]))
+        if i == 0:  # together with the lower features above it: one matrix product less
+            yield slice(0, stop), buffer[:, :stop]
+        else:
+            yield product.rows, buffer[:, layout.num_lower : stop]
 
 
 # Everything rests on one expression in three variables, F(x, w, s) = sum_l f(x_l) · s^T w_l with the features f, and on
@@ -561,6 +565,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
         raise ValueError(f"q and k must be of one width, at least 1: {shapes}")
     if k.shape[-2] != v.shape[-2] or k.shape[-2] == 0:
         raise ValueError(f"k and v must be of one length, at least 1: {shapes}")
+    if q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        return q.shape[:-2]
     try:
         return torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     except RuntimeError:
