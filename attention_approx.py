@@ -370,12 +370,13 @@ def _pair_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int, causal: bool = F
 # ---------------------------------------------------------------------------------------------------
 # Causal sums: pairs within a chunk of tokens, features for the running sums over the chunks before
 
-CAUSAL_CHUNK = 1024  # tokens
+CAUSAL_CHUNK = 512  # tokens; on a GPU eight times as many, since it has work for fewer, larger steps
 
 
 def _causal_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """sum_{j <= i} P_K(q_i·k_j) w_j: q [N, D, Lq], k [N, D, Lk], w [N, E, Lk] -> [N, E, Lq]."""
-    q_chunks, k_chunks, w_chunks = (x.split(CAUSAL_CHUNK, -1) for x in (q, k, w))
+    size = CAUSAL_CHUNK if q.device.type == "cpu" else 8 * CAUSAL_CHUNK
+    q_chunks, k_chunks, w_chunks = (x.split(size, -1) for x in (q, k, w))
     no_keys = k[..., :0], w[..., :0]  # beside the queries that come after the last key
     key_chunks = itertools.chain(zip(k_chunks, w_chunks, strict=True), itertools.repeat(no_keys))
     sums, before = [], None
