@@ -21,8 +21,8 @@ $(READY): requirements.txt
 
 ##@ What everyone uses
 
-q1: $(READY)    ## question 1: tables and figures of attention in linear time (2 minutes)
-	$(BIN)/python attention_approx.py -out runs/q1/record.json $(ARGS)
+q1: $(READY)    ## question 1: tables and a figure of attention in linear time (a minute)
+	$(BIN)/python attention_approx.py -figures runs/q1 $(ARGS)
 
 q2: $(READY)    ## question 2: train on OCTMNIST, or on phantoms where it cannot be had (4 minutes)
 	$(BIN)/python hw2-q2.py $(ARGS)
@@ -70,7 +70,7 @@ SEEDS := seed42 seed43 seed44
 needs = @test -e $($(1)) || { echo "$($(1)) does not exist: say $(1)=$(2)"; exit 1; }
 
 q1-records: $(READY)  ## question 1: every record that the README quotes
-	$(BIN)/python attention_approx.py
+	$(BIN)/python benchmarks/bench_q1.py -curves -out results/q1.json
 	$(BIN)/python benchmarks/bench_q1.py -out results/q1-bench.json
 
 q2-records: $(READY)  ## question 2: every record that the README quotes (REAL=scans.npz)
@@ -151,7 +151,7 @@ weights: $(READY)  ## question 2: the trained network in weights/
 	$(Q2) -export $(WEIGHTS) -checkpoint $(STRONG)/best.pt
 
 readme: $(READY)  ## the figures and tables of README.md
-	$(BIN)/python attention_approx.py -draw results/q1.json -figures report/figures/q1
+	$(BIN)/python benchmarks/bench_q1.py -draw results/q1.json -figures report/figures/q1
 	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
 	$(BIN)/python report/readme.py
 	$(BIN)/python report/pictures.py

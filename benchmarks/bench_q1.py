@@ -1,6 +1,9 @@
 """Taylor attention (three terms) against softmax attention, interleaved in one process on one thread.
 
-    python benchmarks/bench_q1.py [-rounds 25] [-scale 1] [-out results/q1-bench.json]
+    python benchmarks/bench_q1.py [-out results/q1-bench.json]                         times and memory, and their bars
+    python benchmarks/bench_q1.py -curves [-out results/q1.json]                       errors, times, memory against L
+    python benchmarks/bench_q1.py -draw results/q1.json -figures report/figures/q1     the figure of such a record
+    python benchmarks/bench_q1.py -device cuda [-out runs/q1-cuda.json]                long sequences on a GPU
 
 The yardstick is torch.nn.functional.scaled_dot_product_attention(scale=1): float32, B = H = 1 unless said otherwise,
 inputs of small scores. A row says how long taylor_attention takes as a share of that (medians over the rounds), beside
@@ -10,23 +13,51 @@ beats all pairs, on which method="auto" rests. `-scale 0.25` shortens all sequen
 bar is missed.
 """
 
-import math
-import statistics
+import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runs import Parser, number, reading, run_script
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__, "bench_q1.py")
+    add = parser.add_argument
+    add("-rounds", type=number(int, 1), help="of the timing, whose medians count (bars 25, curves 7, lengths 5)")
+    add("-scale", type=number(float, 0, 2, low_fits=False), default=1.0, help="of all lengths")
+    add("-curves", action="store_true", help="errors, times and memory against the length")
+    add("-draw", type=Path, metavar="RECORD", help="draw the figure of a record of -curves")
+    add("-figures", type=Path, metavar="FOLDER", help="where the figure goes (beside the record)")
+    add("-device", default="cpu", help="cpu (default), cuda or cuda:N; other than cpu: time long sequences on it")
+    add("-lengths", type=number(int, 2, 2**20), nargs="+", metavar="L", help="of -device (1024 to 131072)")
+    add("-out", type=Path, metavar="FILE", help="write a record; one that is there is replaced")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # -h and mistakes are answered now: PyTorch takes seconds to import
+
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import attention_approx as q1
 import runs
+import utils
 
 LENGTH = 8192
-FORWARD_BARS = {8: 0.015, 16: 0.06, 32: 0.16, 64: 0.45}
+FORWARD_BARS = {8: 0.015, 16: 0.06, 32: 0.15, 64: 0.42}
 BACKWARD_BARS = {16: 0.08, 32: 0.15, 64: 0.5}
 CAUSAL_BAR = 1.0
 CROSSOVER_BAR = 3500  # tokens, D = 64
@@ -39,23 +70,69 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 
 def tokens(length: int, dim: int, batch: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, H, L, D], float32, scores of deviation 1/4."""
+    """q, k, v [B, H, L, D], float32, scores of standard deviation 1/4."""
     generator = torch.Generator().manual_seed(42)
     q, k, v = (torch.randn(*batch, length, dim, generator=generator) for _ in range(3))
     entry = math.sqrt(0.25 / math.sqrt(dim))
     return entry * q, entry * k, v
 
 
+def time_interleaved(
+    functions: dict[str, Callable], rounds: int, least_seconds: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds a call of each function, once a round, in turns that change from round to round; a GPU is waited for.
+
+    A function is called again until `least_seconds` have passed, and the mean of these calls counts.
+    """
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds, order = {name: [] for name in functions}, list(functions)
+    for name in order:
+        functions[name]()
+    for _ in range(rounds):
+        for name in order:
+            synchronise()
+            calls, started = 0, time.perf_counter()
+            while calls == 0 or time.perf_counter() - started < least_seconds:
+                functions[name]()
+                synchronise()
+                calls += 1
+            seconds[name].append((time.perf_counter() - started) / calls)
+        order = order[1:] + order[:1]
+    return seconds
+
+
+def peak_memory(function: Callable, device: str = "cpu") -> int:
+    """The most bytes of tensors that a call holds at a time, its result included, what was there before not.
+
+    `device` is the type of device that it computes on.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports missing GPUs as errors
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
 def with_backward(attention: Callable, q: Tensor, k: Tensor, v: Tensor) -> Callable:
     """Forward and backward pass as a call without arguments."""
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    slope = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
+    slope = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     return lambda: torch.autograd.grad(attention(*inputs), inputs, slope)
 
 
 def compare(functions: dict[str, Callable], rounds: int) -> dict:
     """Medians in ms, and each as a share of the first."""
-    ms = {name: 1e3 * statistics.median(t) for name, t in q1.time_interleaved(functions, rounds).items()}
+    times = time_interleaved(functions, rounds)
+    ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     yardstick = ms[next(iter(functions))]
     return {"ms": ms, "ratio": {name: value / yardstick for name, value in ms.items()}}
 
@@ -127,8 +204,8 @@ def measure_memory(length: int) -> dict[str, float]:
     """The most MiB that the ways with features hold at a time."""
     q, k, v = tokens(length, 64)
     return {
-        "Taylor": q1.peak_memory(lambda: q1.taylor_attention(q, k, v)) / 2**20,
-        "naive features": q1.peak_memory(lambda: q1.naive_taylor_attention(q, k, v)) / 2**20,
+        "Taylor": peak_memory(lambda: q1.taylor_attention(q, k, v)) / 2**20,
+        "naive features": peak_memory(lambda: q1.naive_taylor_attention(q, k, v)) / 2**20,
     }
 
 
@@ -206,18 +283,158 @@ def judge(record: dict, scale: float) -> list[dict]:
     return rows
 
 
-def main() -> int:
-    parser = runs.Parser(description=__doc__)
-    parser.add_argument("-rounds", type=runs.number(int, 1), default=25)
-    parser.add_argument("-scale", type=runs.number(float, 0, 2, low_fits=False), default=1.0, help="of all lengths")
-    parser.add_argument("-out", type=Path, help="write a record")
-    args = parser.parse_args()
+# ---------------------------------------------------------------------------------------------------
+# The record behind the curves of README and report
 
-    runs.git_state()
-    torch.set_num_threads(1)
-    record = measure(args.rounds, args.scale)
+CURVES = {
+    "lengths": [256, 512, 1024, 2048, 3072, 4096, 8192, 16384],
+    "dims": [16, 64],
+    "terms": [2, 3, 4, 5, 6],
+    "dtype": "float32",
+    "error_length": 1024,
+    "seeds": [42, 43, 44, 45, 46],
+    "rounds": 7,
+}
+FORMULA, NAIVE = "softmax, as the formula", "Taylor, naive features"
+
+
+def four_forms(q: Tensor, k: Tensor, v: Tensor, num_terms: int) -> dict[str, Callable]:
+    """The ways to compute attention that fit into memory, as calls without arguments."""
+    forms = {
+        q1.SOFTMAX: lambda: softmax(q[None], k[None], v[None]),
+        q1.TAYLOR: lambda: q1.taylor_attention(q, k, v, num_terms),
+    }
+    length, dim = q.shape[-2:]
+    if length**2 < 2**28:  # 1 GiB of scores, and as much of weights
+        forms[FORMULA] = lambda: q1.softmax_attention(q, k, v)
+    if length * q1.num_features(dim, num_terms, symmetric=False) < 2**27:
+        forms[NAIVE] = lambda: q1.naive_taylor_attention(q, k, v, num_terms)
+    return forms
+
+
+@torch.no_grad()
+def measure_costs(lengths: list[int], dim: int, rounds: int) -> dict:
+    """Milliseconds and MiB of a forward pass against L, with the length from which Taylor is faster."""
+    points = []
+    for length in tqdm(lengths, desc=f"costs, D = {dim}", disable=None, leave=False):
+        forms = four_forms(*q1.random_tokens(length, dim, 0.25, 42, torch.float32, torch.device("cpu")), 3)
+        ms = {name: 1e3 * statistics.median(seconds) for name, seconds in time_interleaved(forms, rounds).items()}
+        mib = {name: peak_memory(form) / 2**20 for name, form in forms.items()}
+        points.append({"length": length, "ms": ms, "mib": mib})
+    curve = {"dim": dim, "num_terms": 3, "points": points, "crossover": crossover(points)}
+    print(crossover_sentence(curve))
+    return curve
+
+
+def crossover(points: list[dict]) -> float | None:
+    """The length from which Taylor attention stays faster than fused softmax, between two measured lengths.
+
+    Interpolated on logarithms; None if it is not faster at the longest, or faster already at the shortest.
+    """
+    ratios = [(math.log(p["length"]), math.log(p["ms"][q1.TAYLOR] / p["ms"][q1.SOFTMAX])) for p in points]
+    if ratios[-1][1] >= 0:
+        return None
+    for (l0, r0), (l1, r1) in reversed(list(itertools.pairwise(ratios))):
+        if r0 >= 0:
+            return math.exp(l0 + (l1 - l0) * r0 / (r0 - r1))
+    return None
+
+
+def crossover_sentence(curve: dict) -> str:
+    if curve["crossover"]:
+        return f"D = {curve['dim']}: Taylor is faster than fused softmax from L = {curve['crossover']:,.0f} on"
+    last = curve["points"][-1]
+    if last["ms"][q1.TAYLOR] < last["ms"][q1.SOFTMAX]:
+        return f"D = {curve['dim']}: Taylor is faster at all of these lengths"
+    return f"D = {curve['dim']}: these lengths are too short: Taylor is not faster up to L = {last['length']:,}"
+
+
+def feature_table(dims: list[int], terms: list[int]) -> list[dict]:
+    """M for every D and K: each monomial once, and every order of the coordinates."""
+    return [
+        {"dim": d, "num_terms": k, "merged": q1.num_features(d, k), "unmerged": q1.num_features(d, k, symmetric=False)}
+        for d in dims
+        for k in terms
+    ]
+
+
+def measure_errors(length: int, dim: int, terms: list[int], seeds: list[int]) -> dict:
+    """The relative error of Z against the size of the scores for each K, beside the mean of V and the bound."""
+
+    def summary(values: list[float]) -> dict:
+        return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+    points = []
+    for score_std in tqdm(q1.SCORE_STDS, desc="errors", disable=None, leave=False):
+        draws = [q1.random_tokens(length, dim, score_std, s, torch.float32, torch.device("cpu")) for s in seeds]
+        trials, of_mean = [q1.relative_errors(*draw, terms) for draw in draws], []
+        for q, k, v in draws:
+            exact = q1.softmax_attention(q.double(), k.double(), v.double())
+            of_mean.append(float((v.double().mean(-2, keepdim=True) - exact).norm() / exact.norm()))
+        outcomes = {}
+        for num_terms in terms:
+            errors, bounds, negative = zip(*(trial[num_terms] for trial in trials), strict=True)
+            without = sum(map(math.isnan, errors))
+            outcomes[str(num_terms)] = {
+                "error": None if without else summary(errors),
+                "bound": max(bounds) if max(bounds) < math.inf else None,
+                "runs_with_negative_weights": sum(negative),
+                "runs_without_result": without,
+            }
+        points.append({"score_std": score_std, "mean_of_v": summary(of_mean), "terms": outcomes})
+    return {"length": length, "dim": dim, "seeds": seeds, "points": points}
+
+
+def measure_curves(lengths: list[int], error_length: int, seeds: list[int], rounds: int) -> dict:
+    """Features, errors, times and memory, in the form that the report reads."""
+    dims, terms = CURVES["dims"], CURVES["terms"]
+    record = {"features": feature_table([8, 16, 32, 64], terms)}
+    record["errors"] = measure_errors(error_length, max(dims), terms, seeds)
+    record["costs"] = [measure_costs(lengths, dim, rounds) for dim in dims]
+    return record
+
+
+def draw(record: dict, folder: Path) -> None:
+    """The script's figure, from a record of the curves."""
+    errors = {
+        num_terms: [
+            (point["score_std"], (outcome["error"] or {"mean": math.nan})["mean"], outcome["bound"] or math.nan)
+            for point in record["errors"]["points"]
+            for outcome in [point["terms"][num_terms]]
+        ]
+        for num_terms in record["errors"]["points"][0]["terms"]
+    }
+    q1.draw(errors, record["costs"], folder)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Long sequences on a GPU
+
+
+def measure_lengths(device: torch.device, lengths: list[int], rounds: int) -> list[dict]:
+    """Milliseconds of fused softmax and Taylor attention, B = 1 and H = 8, forward and with backward."""
+    rows = []
+    for dtype, dim, length in itertools.product((torch.float32, torch.bfloat16), (16, 64), lengths):
+        data = [x.to(device, dtype) for x in tokens(length, dim, (1, 8))]
+        row = {"dtype": str(dtype).removeprefix("torch."), "dim": dim, "length": length}
+        forms = {"softmax, fused": softmax, "Taylor": q1.taylor_attention}
+        with torch.no_grad():
+            forward = {name: lambda form=form: form(*data) for name, form in forms.items()}  # noqa: B023
+            row["forward"] = compare(forward, rounds)
+        backward = {name: with_backward(form, *data) for name, form in forms.items()}
+        row["backward"] = compare(backward, rounds)
+        rows.append(row)
+        shares = ", ".join(
+            f"{part} {row[part]['ms']['Taylor']:.2f} ms ({row[part]['ratio']['Taylor']:.3g} of fused softmax)"
+            for part in ("forward", "backward")
+        )
+        print(f"{row['dtype']:9s} D = {dim:2d}, L = {length:7,d}: {shares}", flush=True)
+    return rows
+
+
+def measure_bars(args: argparse.Namespace) -> dict:
+    record = measure(args.rounds or 25, args.scale)
     record["bars"] = judge(record, args.scale)
-
     print(f"forward, L = {record['length']:,}: ms (share of fused softmax)")
     for dim, result in record["plain"].items():
         cells = [f"{name} {result['ms'][name]:.2f} ({ratio:.3f})" for name, ratio in result["ratio"].items()]
@@ -229,11 +446,42 @@ def main() -> int:
     for bar in record["bars"]:
         value = "none" if bar["value"] is None else f"{bar['value']:.4g}"
         print(f"{bar['what']:48s}{value:>10s}{bar['bar']:10g}{'' if bar['kept'] else '   MISSED'}")
+    config = {"rounds": args.rounds or 25, "scale": args.scale, "num_terms": 3, "dtype": "float32"}
+    return {"config": config} | record
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.draw:
+        with reading(args.draw, "a record of -curves"):
+            return draw(json.loads(args.draw.read_text()), args.figures or args.draw.parent)
+    device, started = utils.choose_device(args.device), time.perf_counter()
+    torch.set_num_threads(1)
+    if args.curves:
+        lengths, error_length = ([max(16, int(n * args.scale)) for n in x] for x in (CURVES["lengths"], [1024]))
+        config = CURVES | {"lengths": sorted({*lengths}), "error_length": error_length[0]}
+        config["rounds"] = args.rounds or config["rounds"]
+        record = measure_curves(config["lengths"], error_length[0], config["seeds"], config["rounds"])
+        record = {"config": config} | record | {"seed": config["seeds"][0], "seconds": time.perf_counter() - started}
+    elif args.lengths or device.type != "cpu":
+        config = {"lengths": args.lengths or [2**n for n in range(10, 18)], "rounds": args.rounds or 5}
+        record = {"config": config, "rows": measure_lengths(device, config["lengths"], config["rounds"])}
+    else:
+        record = measure_bars(args)
     if args.out:
-        about = {"config": {"rounds": args.rounds, "scale": args.scale, "num_terms": 3, "dtype": "float32"}}
-        about["dataset"] = {"name": "normal random numbers, scores of deviation 1/4", "kind": "random"}
-        runs.write_json(args.out, about | record | {"threads": 1, "device": "cpu"} | runs.run_environment())
-    return 0 if all(bar["kept"] for bar in record["bars"]) else 1
+        dataset = {"name": "normal random numbers, scores of standard deviation 1/4", "kind": "random"}
+        about = {"dataset": dataset, "threads": 1, "device": str(device)} | runs.run_environment(device)
+        runs.write_json(args.out, record | about)
+    args.missed = not all(bar["kept"] for bar in record.get("bars", []))
+
+
+def main() -> int:
+    args = argparse.Namespace(missed=False)  # run_script keeps what it parses; whether a bar was missed must get out
+
+    def parse(arguments: list[str] | None) -> argparse.Namespace:
+        vars(args).update(vars(parse_arguments(arguments)))
+        return args
+
+    return run_script("bench_q1.py", parse, run, None, "stopped, nothing was written") or int(args.missed)
 
 
 if __name__ == "__main__":

@@ -156,11 +156,11 @@ def q1_memory_and_crossover() -> Figure:
 
 def q1_error() -> Figure:
     errors = read("q1.json")["errors"]
-    deviations = [point["deviation"] for point in errors["points"]]
+    stds = [point["score_std"] for point in errors["points"]]
     figure, (measured, bound) = new_figure(2, height=2.15)
     colours = dict(zip(errors["points"][0]["terms"], COLOURS, strict=False))
     for terms, colour in colours.items():
-        outcomes = [(d, p["terms"][terms]) for d, p in zip(deviations, errors["points"], strict=True)]
+        outcomes = [(d, p["terms"][terms]) for d, p in zip(stds, errors["points"], strict=True)]
         means = [(d, 100 * o["error"]["mean"]) for d, o in outcomes if o["error"]]
         signed = [(d, 100 * o["error"]["mean"]) for d, o in outcomes if o["error"] and o["runs_with_negative_weights"]]
         bounds = [(d, 100 * o["bound"]) for d, o in outcomes if o["bound"]]
@@ -169,7 +169,7 @@ def q1_error() -> Figure:
             measured.plot(*zip(*signed, strict=True), "o", color=colour, mfc="white")
         bound.plot(*zip(*bounds, strict=True), "o-", color=colour)
     means_of_v = [100 * point["mean_of_v"]["mean"] for point in errors["points"]]
-    measured.plot(deviations, means_of_v, color="#000000", linestyle="--", label="mean of V")
+    measured.plot(stds, means_of_v, color="#000000", linestyle="--", label="mean of V")
     for axes in (measured, bound):
         set_ticks(axes.xaxis, [0.0625, 0.25, 1, 4])
         set_ticks(axes.yaxis, [0.0001, 0.01, 1, 100])

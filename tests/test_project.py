@@ -391,7 +391,7 @@ def test_make_records_makes_them_in_order():
 
 def test_the_first_commands_leave_the_records_and_pictures_alone():
     text = dry_run("q1", "q2", "q3", "ARGS=").stdout
-    assert "attention_approx.py -out runs/" in text and "results" not in text and "report/" not in text
+    assert "attention_approx.py -figures runs/" in text and "results" not in text and "report/" not in text
 
 
 @pytest.mark.parametrize(("broken", "status"), [("", 0), ("benchmarks/bench_q1.py", 2), ("benchmarks/bench_q3.py", 2)])
@@ -480,8 +480,8 @@ def test_taylor_attention_keeps_its_bars():
     bars = {
         "time, forward, D = 8": 0.015,
         "time, forward, D = 16": 0.06,
-        "time, forward, D = 32": 0.16,
-        "time, forward, D = 64": 0.45,
+        "time, forward, D = 32": 0.15,
+        "time, forward, D = 64": 0.42,
         "time, causal, D = 64": 1.0,
         "time, forward and backward, D = 16": 0.08,
         "time, forward and backward, D = 32": 0.15,
@@ -505,7 +505,7 @@ def test_the_recorded_curves_show_where_taylor_attention_pays():
         assert curve["crossover"] < 3500
     for point in record["errors"]["points"]:
         errors = [outcome["error"]["mean"] for outcome in point["terms"].values() if outcome["error"]]
-        if point["deviation"] <= 1:  # beyond that weights of both signs spoil the even K
+        if point["score_std"] <= 1:  # beyond that weights of both signs spoil the even K
             assert errors == sorted(errors, reverse=True) and len(errors) == 5  # more terms, less error
         for outcome in point["terms"].values():
             assert outcome["bound"] is None or outcome["error"]["mean"] <= outcome["bound"]

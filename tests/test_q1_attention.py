@@ -1,15 +1,22 @@
 """Question 1: Taylor attention against the sums written out in NumPy, its properties, and what it refuses."""
 
+import copy
 import functools
 import itertools
 import math
+import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import attention_approx as q1
 from attention_approx import (
@@ -86,15 +93,15 @@ def test_three_terms_by_hand():
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 8])
 def test_the_fast_features_with_their_weights_are_the_series(num_terms, block):
     x, y, _ = tokens(9, 9, 7, 1, score=2.0)
-    layout = q1._layout(7, num_terms, block, 20)
+    layout = q1._layout(7, num_terms, block)
     features = []
     for z in (x, y):
-        workspace = q1._Workspace(layout, 1, 9, z)
-        features.append(torch.cat([rows[0].clone() for _, rows in workspace.features(z.mT[None])]))
-    product = torch.einsum("mi,mj,m->ij", *features, layout.weights)
+        buffer = z.new_empty(1, layout.num_lower + layout.num_top, 9)
+        features.append(torch.cat([rows[0].clone() for _, rows in q1._features(z.mT[None], layout, buffer)]))
+    product = torch.einsum("mi,mj,m->ij", *features, torch.tensor(layout.weights, dtype=x.dtype))
     torch.testing.assert_close(product, q1.exp_series(x @ y.mT, num_terms), rtol=1e-12, atol=1e-12)
     if block == 1:
-        assert layout.size == num_features(7, num_terms)  # each monomial once
+        assert len(layout.weights) == num_features(7, num_terms)  # each monomial once
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -107,9 +114,8 @@ def test_the_fast_features_with_their_weights_are_the_series(num_terms, block):
 @pytest.mark.parametrize(("length", "dim", "width"), [(1, 1, 1), (37, 1, 3), (130, 5, 7), (301, 9, 4), (67, 13, 1)])
 def test_agrees_with_the_sums_written_out(monkeypatch, method, causal, num_terms, length, dim, width):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 64)
-    monkeypatch.setattr(q1, "PAIR_TILE", 48)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 40)
-    monkeypatch.setitem(q1._TILES, "cpu", (32, 2**12, 128))  # several groups of rows, a ragged last tile
+    monkeypatch.setattr(q1, "PAIRS_CPU", 48 * length)
+    monkeypatch.setattr(q1, "TILE_CPU", (2**12, 128))  # a ragged last tile
     q, k, v = tokens(length, length, dim, width, batch=(2,), score=0.5 if num_terms % 2 else 0.1)
     expected = written_out(q, k, v, num_terms, causal)
     ours = taylor_attention(q, k, v, num_terms, causal=causal, method=method)
@@ -143,7 +149,7 @@ def test_the_naive_form_agrees():
 @pytest.mark.parametrize(("queries", "keys"), [(20, 90), (90, 20), (1, 33), (33, 1)])
 def test_queries_and_keys_may_differ_in_number(monkeypatch, method, causal, queries, keys):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 16)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 12)
+    monkeypatch.setattr(q1, "PAIRS_CPU", 200)
     q, k, v = tokens(queries, keys, 4, 6)
     ours = taylor_attention(q, k, v, 3, causal=causal, method=method)
     assert difference(ours, written_out(q, k, v, 3, causal)) < 1e-12
@@ -269,7 +275,7 @@ def test_a_mask_may_differ_from_sequence_to_sequence(monkeypatch):
 @LINEAR_AND_DIRECT
 def test_what_comes_later_changes_nothing(monkeypatch, method):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 32)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 24)
+    monkeypatch.setattr(q1, "PAIRS_CPU", 24 * 150)
     q, k, v = tokens(150, 150, 6, 4, batch=(2,))
     whole = taylor_attention(q, k, v, 3, causal=True, method=method)
     for first in (1, 31, 32, 33, 100, 149):
@@ -344,9 +350,8 @@ def test_centring_undoes_an_offset_of_the_keys():
 )
 def test_gradients_are_those_of_finite_differences(monkeypatch, method, num_terms, options):
     monkeypatch.setattr(q1, "CAUSAL_CHUNK", 4)
-    monkeypatch.setattr(q1, "PAIR_TILE", 5)
-    monkeypatch.setattr(q1, "CAUSAL_PAIR_TILE", 3)
-    monkeypatch.setitem(q1._TILES, "cpu", (8, 64, 64))
+    monkeypatch.setattr(q1, "PAIRS_CPU", 30)
+    monkeypatch.setattr(q1, "TILE_CPU", (64, 64))
     q, k, v = (x.requires_grad_() for x in tokens(11, 11, 6, 3, batch=(2,), score=0.2))
     attention = functools.partial(taylor_attention, num_terms=num_terms, method=method, **options)
     assert torch.autograd.gradcheck(attention, (q, k, v), fast_mode=True)
@@ -382,11 +387,52 @@ def test_gradients_are_made_for_what_wants_them(method, wanted):
         torch.testing.assert_close(grad, everything[name].grad)
 
 
-def test_a_second_derivative_is_refused():
-    q, k, v = (x.requires_grad_() for x in tokens(5, 5, 3, 2))
-    (slope,) = torch.autograd.grad(taylor_attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+def series_attention(q, k, v):
+    """Three terms in plain operations."""
+    weights = 1 + q @ k.mT + (q @ k.mT) ** 2 / 2
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def streamed(q, k, v):
+    return TaylorState(3).update(k, v).query(q)
+
+
+TWICE = {
+    "features": functools.partial(taylor_attention, method="features"),
+    "direct": functools.partial(taylor_attention, method="direct"),
+    "state": streamed,
+}
+
+
+@pytest.mark.parametrize("form", TWICE)
+def test_second_derivatives_are_those_of_plain_autograd(form):
+    inputs = tokens(7, 7, 3, 2, seed=5)
+    direction = tokens(7, 7, 3, 2, seed=6)
+
+    def loss(attention, *inputs):
+        return attention(*inputs).sin().sum()
+
+    ours, plain = functools.partial(loss, TWICE[form]), functools.partial(loss, series_attention)
+    for name in ("hvp", "vhp"):
+        product = getattr(torch.autograd.functional, name)
+        for a, b in zip(product(ours, inputs, direction)[1], product(plain, inputs, direction)[1], strict=True):
+            assert b.abs().max() > 0.01
+            assert difference(a, b) < 1e-12
+    hessians = [torch.autograd.functional.hessian(f, inputs) for f in (ours, plain)]
+    for a, b in zip(*map(itertools.chain.from_iterable, hessians), strict=True):
+        assert difference(a, b) < 1e-12
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("num_terms", [2, 3, 5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_second_derivatives_are_those_of_finite_differences(monkeypatch, method, num_terms, causal):
+    monkeypatch.setattr(q1, "CAUSAL_CHUNK", 4)
+    monkeypatch.setattr(q1, "PAIRS_CPU", 30)
+    monkeypatch.setattr(q1, "TILE_CPU", (64, 64))
+    q, k, v = (x.requires_grad_() for x in tokens(9, 9, 3, 2, batch=(2,), score=0.2))
+    attention = functools.partial(taylor_attention, num_terms=num_terms, method=method, causal=causal)
+    assert torch.autograd.gradgradcheck(attention, (q, k, v), fast_mode=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -396,6 +442,7 @@ def test_a_second_derivative_is_refused():
 @given(st.floats(-50, 50), st.sampled_from([1, 3, 5, 7, 9]))
 @settings(max_examples=500, deadline=None)
 def test_the_series_is_positive_for_odd_terms(t, num_terms):
+    t = torch.tensor(t, dtype=torch.float64)
     assert q1.exp_series(t, num_terms) > 0
     if num_terms == 3:
         assert q1.exp_series(t, 3) >= 0.5
@@ -566,14 +613,13 @@ def test_many_terms(num_terms):
 
 def test_auto_takes_features_for_long_sequences_only(monkeypatch):
     chosen = []
-    for name in ("_linear_sums", "_causal_linear_sums"):
-        original = getattr(q1, name)
-        monkeypatch.setattr(q1, name, lambda *a, original=original, name=name: (chosen.append(name), original(*a))[1])
+    original = q1._key_sums
+    monkeypatch.setattr(q1, "_key_sums", lambda *a: (chosen.append("features"), original(*a))[1])
     for length, causal, expected in (
         (64, False, []),
         (64, True, []),
-        (2000, False, ["_linear_sums"]),
-        (2000, True, ["_causal_linear_sums"]),
+        (2000, False, ["features"]),
+        (2000, True, ["features"]),
     ):
         chosen.clear()
         q, k, v = tokens(length, length, 16, 16, score=0.2)
@@ -662,6 +708,176 @@ def test_bad_calls_of_the_others_are_named():
         TaylorState(scale="x")
     assert state.query(torch.zeros(2, 0, 3)).shape == (2, 0, 2)
     assert state.num_keys == 5
+
+
+# ---------------------------------------------------------------------------------------------------
+# In other people's programs
+
+
+def test_the_import_needs_torch_alone_and_changes_nothing(tmp_path):
+    """Also where the user has modules of the same names as ours."""
+    for name in ("utils", "runs", "offline_data"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('this is not the module of attention_approx')")
+    (tmp_path / "main.py").write_text(
+        f"""
+import sys, warnings
+import numpy, torch, matplotlib
+before = dict(matplotlib.rcParams), list(warnings.filters), torch.get_num_threads(), torch.get_rng_state()
+loaded = set(sys.modules)
+sys.path.append({str(ROOT)!r})
+import attention_approx
+after = dict(matplotlib.rcParams), list(warnings.filters), torch.get_num_threads(), torch.get_rng_state()
+assert before[:3] == after[:3] and torch.equal(before[3], after[3])
+new = {{name.split(".")[0] for name in set(sys.modules) - loaded}} - set(sys.stdlib_module_names)
+assert new <= {{"attention_approx", "torch"}}, new
+q = torch.randn(2, 5, 3)
+attention_approx.taylor_attention(q, q, q)
+"""
+    )
+    done = subprocess.run([sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (lambda x: x.to_sparse(), "q must be a dense tensor with values; it is torch.sparse_coo"),
+        (lambda x: x[0].to_sparse_csr(), "it is torch.sparse_csr"),
+        (lambda x: x.to("meta"), "it is on the meta device"),
+        (lambda x: torch.nested.nested_tensor([x[0], x[1][:3]]), "it is nested"),
+        (lambda x: torch.nested.nested_tensor([x[0], x[1][:3]], layout=torch.jagged), "it is nested"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse)")
+def test_tensors_without_plain_values_are_refused(kind, message):
+    q, k, v = tokens(5, 6, 3, 2, batch=(2,))
+    for attention in (taylor_attention, softmax_attention, error_bound, lambda q, k, v: TaylorState().update(q, v)):
+        with pytest.raises(TypeError, match=message.replace("q must", "[qk] must")):
+            attention(kind(q), k, v)
+    with pytest.raises(TypeError, match="key_mask must be a tensor of bool, and dense"):
+        taylor_attention(q, k, v, key_mask=kind(torch.ones(2, 6, dtype=torch.bool)[:, :, None])[..., 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (3, 6), (2, 3, 1, 6), (1, 6)])
+def test_a_mask_must_have_one_dimension_or_one_less_than_k(shape):
+    """[B, Lk] with k [B, H, Lk, D] would be taken for one mask a head where B = H."""
+    q, k, v = tokens(4, 6, 3, 2, batch=(2, 2))
+    with pytest.raises(ValueError, match=r"key_mask must fit \[2, 2, 6\] with one dimension or with one less than k"):
+        taylor_attention(q, k, v, key_mask=torch.ones(shape, dtype=torch.bool))
+    keep = torch.rand(2, 1, 6, generator=torch.Generator().manual_seed(0)) < 0.7
+    ours = taylor_attention(q, k, v, key_mask=keep)
+    assert difference(ours, written_out(q, k, v, 3, keep=keep.expand(2, 2, 6))) < 1e-12
+    ours = taylor_attention(q, k, v, key_mask=keep[0, 0])
+    assert difference(ours, written_out(q, k, v, 3, keep=keep[0, 0])) < 1e-12
+
+
+def gradients_of(attention, *inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(attention(*inputs).sin().sum(), inputs)
+
+
+@pytest.mark.parametrize("form", TWICE)
+def test_torch_compile(form):
+    inputs = tokens(40, 40, 5, 3, batch=(2,), dtype=torch.float32)
+    compiled = torch.compile(TWICE[form], backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), TWICE[form](*inputs))
+    for a, b in zip(gradients_of(compiled, *inputs), gradients_of(TWICE[form], *inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("form", TWICE)
+def test_torch_func_grad(form):
+    inputs = tokens(12, 12, 4, 3)
+    ours = torch.func.grad(lambda *x: TWICE[form](*x).sin().sum(), argnums=(0, 1, 2))(*inputs)
+    for a, b in zip(ours, gradients_of(series_attention, *inputs), strict=True):
+        assert difference(a, b) < 1e-12
+
+
+@LINEAR_AND_DIRECT
+def test_vmap_is_refused_with_what_to_do_instead(method):
+    q, k, v = tokens(12, 12, 4, 3, batch=(2,))
+    attention = functools.partial(taylor_attention, method=method)
+    with pytest.raises(RuntimeError, match=r"under torch\.vmap: give q, k and v a leading dimension"):
+        torch.vmap(attention)(q, k, v)
+    with pytest.raises(RuntimeError, match=r"under torch\.vmap: give q, k and v a leading dimension"):
+        torch.vmap(torch.func.grad(lambda *x: attention(*x).sum()))(q, k, v)
+
+
+def test_a_state_is_copied_and_pickled():
+    q, k, v = tokens(12, 12, 4, 3, batch=(2,))
+    state = TaylorState(scale=0.5).update(k[:, :8], v[:, :8])
+    copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
+    state.update(k[:, 8:], v[:, 8:])
+    for other in copies:
+        torch.testing.assert_close(other.query(q), taylor_attention(q, k[:, :8], v[:, :8], scale=0.5))
+        torch.testing.assert_close(other.update(k[:, 8:], v[:, 8:]).query(q), state.query(q))
+
+
+@pytest.mark.parametrize("form", TWICE)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(form, reentrant):
+    inputs = tokens(12, 12, 4, 3, batch=(2,))
+    plain = [x.clone().requires_grad_() for x in inputs]
+    checkpointed = [x.clone().requires_grad_() for x in inputs]
+    TWICE[form](*plain).sin().sum().backward()
+    checkpoint(TWICE[form], *checkpointed, use_reentrant=reentrant).sin().sum().backward()
+    for a, b in zip(checkpointed, plain, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("form", TWICE)
+def test_inference_mode_leaves_nothing_behind_that_spoils_training(form):
+    q1._layout.cache_clear()
+    inputs = tokens(12, 12, 4, 3)
+    with torch.inference_mode():
+        TWICE[form](*inputs)
+    for a, b in zip(gradients_of(TWICE[form], *inputs), gradients_of(series_attention, *inputs), strict=True):
+        assert difference(a, b) < 1e-12
+
+
+@LINEAR_AND_DIRECT
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("empty", [(slice(0), slice(None)), (slice(None), slice(0))])
+def test_gradients_of_empty_batches_and_of_no_queries(method, causal, empty):
+    q, k, v = tokens(5, 6, 3, 2, batch=(2,))
+    inputs = q[empty], k[empty[0]], v[empty[0]]
+    grads = gradients_of(functools.partial(taylor_attention, method=method, causal=causal), *inputs)
+    assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, inputs, strict=True))
+
+
+class CountReads(TorchDispatchMode):
+    """How often a number is read from a tensor: on a GPU, each time the host waits for the device."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("form", [*TWICE, "causal", "auto", "masked"])
+def test_values_are_read_once_and_not_at_all_where_that_would_wait(monkeypatch, form):
+    inputs = [x.requires_grad_() for x in tokens(1200, 1200, 8, 3)]
+    options = {"causal": {"causal": True}, "masked": {"key_mask": torch.arange(1200) % 5 > 0}}.get(form, {})
+    attention = TWICE.get(form) or functools.partial(taylor_attention, **options)
+    with CountReads() as counter:
+        attention(*inputs).sum().backward()
+    assert counter.reads <= 1 + 2 * (form == "state")  # the state also looks at the keys and values of an update
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU
+    with CountReads() as counter:
+        attention(*inputs).sum().backward()
+    assert counter.reads == 2 * (form == "state")  # which it does on the CPU only
+
+
+def test_where_values_cannot_be_read_the_rows_that_would_raise_are_nan(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    q, k, v = tokens(20, 20, 4, 3)
+    q[3, 0] = math.nan
+    expected = taylor_attention(q, k, v)
+    assert expected[3].isnan().all() and expected[[0, 1, 2, *range(4, 20)]].isfinite().all()
+    q, k, v = all_scores_minus_one(1000)
+    assert taylor_attention(q, k, v, method="features").isnan().all()
+    assert taylor_attention(q, k, v, key_mask=torch.zeros(2000, dtype=torch.bool)).isnan().all()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "report"))
 
+import bench_q1
 import figures
 import pictures
 import transcripts
 
-import attention_approx
 import report
 
 
@@ -79,7 +79,7 @@ def test_the_pictures_of_the_readme_are_what_the_records_give(tmp_path, monkeypa
     monkeypatch.setattr(pictures, "FIGURES", tmp_path)
     for folder in ("q1", "q2", "q3"):
         (tmp_path / folder).mkdir()
-    attention_approx.draw_again(ROOT / "results" / "q1.json", tmp_path / "q1")
+    bench_q1.draw(json.loads((ROOT / "results" / "q1.json").read_text()), tmp_path / "q1")
     for path in (ROOT / "results" / "q2").glob("*/grid.json"):
         q2.draw(path, tmp_path / "q2")
     pictures.draw_overview()
