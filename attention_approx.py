@@ -629,8 +629,8 @@ class _UnusableDenominators(ValueError):
 
 
 def _norms(x: Tensor) -> Tensor:
-    """Euclidean norms of the columns of x [..., D, L] -> [..., L]; vector_norm is fifty times slower along this dim."""
-    return x.detach().square().sum(-2).sqrt()
+    """Euclidean norms of the columns of x [..., D, L] -> [..., L]; as a product, which is the fastest sum along D."""
+    return (x.new_ones(1, x.shape[-2]) @ x.detach().square())[..., 0, :].sqrt()
 
 
 def _longest_seen_key(x: _Inputs, causal: bool) -> Tensor:
