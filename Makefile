@@ -43,7 +43,7 @@ lab: $(READY)   ## the notebook of question 3 in Jupyter
 	$(BIN)/jupyter lab hw2-q3.ipynb
 
 test: lint      ## lint and all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)  ## ruff: lint and format
 	$(BIN)/ruff check .
