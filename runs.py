@@ -95,7 +95,6 @@ def run_script(name: str, parse: Callable, run: Callable, arguments: list[str] |
         return 130
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk, a closed pipe
         reason = one_line(error, 1000)
-        _let_stdout_go()
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
@@ -103,14 +102,6 @@ def run_script(name: str, parse: Callable, run: Callable, arguments: list[str] |
     with contextlib.suppress(OSError):
         print(f"{name}: {reason}", file=sys.stderr)
     return 2
-
-
-def _let_stdout_go() -> None:
-    """Where stdout cannot be written any more, drop what is left of it, so that Python does not complain at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """hw2-q2.py as people run it: flags, files, stops in the middle, damaged files, bad input."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -71,19 +72,23 @@ def numbers(folder) -> dict:
     return record | {"weights": {name: w.numpy().tobytes() for name, w in weights.items()}}
 
 
-def test_the_predictions_are_those_of_the_first_test_scans(call_main, q2, small_npz, small_arrays, tmp_path):
-    assert call_main("-data", small_npz, *QUICK, "-out", tmp_path / "run")[0] == 0
-    drawn = (tmp_path / "run" / "predictions.svg").read_text()
+def test_the_picture_of_predictions_says_what_was_answered(q2, small_arrays, tmp_path):
+    images, labels = small_arrays["test_images"], small_arrays["test_labels"][:, 0]
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), len(images))
+    record = {"config": dataclasses.asdict(q2.RECIPES["homework"]), "dataset": {"kind": "real", "name": "small"}}
+    q2.plot_predictions(record, images, labels, probabilities, tmp_path / "predictions")
     # Matplotlib writes text as outlines, with each line of the text as a comment.
-    titles = re.findall(r"<!-- (\w+)(, taken for)? -->.*?<!-- [✓✗] (\w+) (\d+)% -->", drawn, flags=re.DOTALL)
-    model, _ = q2.load_network(tmp_path / "run" / "best.pt", torch.device("cpu"))
-    labels = small_arrays["test_labels"][:, 0]
+    drawn = (tmp_path / "predictions.svg").read_text()
+    titles = re.findall(r"<!-- (\w+)(, taken for)? -->.*?<!-- ([✓✗]) (\w+) (\d+)% -->", drawn, flags=re.DOTALL)
     shown = np.concatenate([np.flatnonzero(labels == label)[:6] for label in range(4)])
-    probabilities = q2.predict(model, torch.from_numpy(small_arrays["test_images"][shown]))
     assert len(titles) == len(shown) == 24
-    for (name, wrong, answer, percent), label, row in zip(titles, labels[shown], probabilities, strict=True):
+    for (name, wrong, mark, answer, percent), label, row in zip(
+        titles, labels[shown], probabilities[shown], strict=True
+    ):
         assert name == q2.SHORT_NAMES[label] and answer == q2.SHORT_NAMES[row.argmax()]
-        assert bool(wrong) == (row.argmax() != label) and int(percent) == round(100 * float(row.max()))
+        assert bool(wrong) == (mark == "✗") == (row.argmax() != label) and int(percent) == round(100 * row.max())
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert min(picture.size) > 900
 
 
 def test_a_line_says_why_validation_and_test_accuracy_differ(call_main, small_arrays, tmp_path):
