@@ -7,8 +7,8 @@
     from attention_approx import TaylorState, taylor_attention
     z = taylor_attention(q, k, v, scale=q.shape[-1] ** -0.5)      # q, k, v [..., L, D]; three terms of the series
 
-Attention gives query i the mean of the values v_j, weighted by exp(q_i·k_j). It looks at all pairs of L tokens: time
-in L² D, and memory in L² where the weights are kept. Instead:
+Attention gives query i the mean of the values v_j, weighted by exp(q_i·k_j): all pairs of L tokens, time in L² D.
+Instead:
 
 1. The exponential is replaced by the first K terms of its series:  P_K(t) = sum_{n<K} t^n / n!.
 2. A power of a dot product is a dot product of monomials (multinomial theorem):
@@ -55,9 +55,10 @@ if __name__ == "__main__":
 import itertools
 import math
 import numbers
-import statistics
 import time
+import timeit
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -92,7 +93,7 @@ def feature_map(x: Tensor, num_terms: int = 3, symmetric: bool = True) -> Tensor
     This is the definition, for reading and testing: `taylor_attention` never holds the features of a sequence.
     Raises TypeError, ValueError.
     """
-    _check_tensor("x", x, least_dims=1)
+    _check_tensor("x", x, "[..., D]")
     dim = x.shape[-1]
     num_features(dim, num_terms)  # raises if there is no such map
     degrees = [torch.ones_like(x[..., :1])]
@@ -130,9 +131,7 @@ def softmax_attention(
     """
     x = _prepare(q, k, v, scale, causal, key_mask)
     with torch.autocast(q.device.type, enabled=False):
-        scores = x.q.mT @ x.k  # [N, Lq, Lk]
-        if x.keep is not None:
-            scores = scores.masked_fill(~x.keep[:, None], -math.inf)
+        scores = (x.q.mT @ x.k).masked_fill(x.w[:, -1:] == 0, -math.inf)  # [N, Lq, Lk]
         if causal:
             scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
         return _divide(x.w @ scores.softmax(-1).mT * x.counts[:, None], x)
@@ -154,7 +153,7 @@ def naive_taylor_attention(q: Tensor, k: Tensor, v: Tensor, num_terms: int = 3, 
 
 
 class _Product(NamedTuple):
-    """Features that are a block of coordinates times features of one degree less: slices of rows."""
+    """Rows of features that are a block of coordinates times features of one degree less."""
 
     coordinates: slice
     others: slice
@@ -163,8 +162,7 @@ class _Product(NamedTuple):
     def factors(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return features[:, self.coordinates, None], features[:, None, self.others]
 
-    def unfold(self, rows: Tensor) -> Tensor:
-        """These rows [n, rows, tokens] as [n, coordinates, others, tokens]."""
+    def unfold(self, rows: Tensor) -> Tensor:  # [n, rows, tokens] -> [n, coordinates, others, tokens]
         return rows.view(len(rows), self.coordinates.stop - self.coordinates.start, -1, rows.shape[2])
 
 
@@ -188,21 +186,19 @@ def _layout(dim: int, num_terms: int, block: int = 0) -> _Layout:
     """
     block = block or (4 if num_terms <= 3 else 2)  # measured: with more terms the repeated monomials cost more
     edges = starts = [*range(1, dim + 1, block), dim + 1]  # starts: where products begin with block 0, 1, ...; the end
-    weights, repeats = [1.0] * (dim + 1), [1] * (dim + 1)  # repeats: factors at the front that lie in one block
+    weights = [1.0] * (dim + 1 if num_terms > 1 else 1)
+    repeats = [1] * (dim + 1)  # factors at the front that lie in one block
     lower, top = [], []
     for _ in range(2, num_terms):
         lower, top = lower + top, []
-        for i, coordinates in enumerate(slice(*edge) for edge in itertools.pairwise(edges)):
-            others, width = slice(starts[i], starts[-1]), coordinates.stop - coordinates.start
+        for i, (first, stop) in enumerate(itertools.pairwise(edges)):
+            others, first_row = slice(starts[i], starts[-1]), len(weights)
             counts = [n + 1 for n in repeats[starts[i] : starts[i + 1]]] + [1] * (starts[-1] - starts[i + 1])
-            first_row = len(weights)
-            weights += [weight / n for weight, n in zip(weights[others], counts, strict=True)] * width
-            repeats += counts * width
-            top.append(_Product(coordinates, others, slice(first_row, len(weights))))
+            weights += [weight / n for weight, n in zip(weights[others], counts, strict=True)] * (stop - first)
+            repeats += counts * (stop - first)
+            top.append(_Product(slice(first, stop), others, slice(first_row, len(weights))))
         starts = [product.rows.start for product in top] + [len(weights)]
-    if num_terms == 1:
-        weights = weights[:1]
-    num_top = max((product.rows.stop - product.rows.start for product in top), default=0)
+    num_top = top[0].rows.stop - top[0].rows.start if top else 0  # the first product is the largest
     return _Layout(lower, top, starts[0] if top else len(weights), num_top, weights)
 
 
@@ -233,23 +229,21 @@ def _lower_features(x: Tensor, layout: _Layout, buffer: Tensor) -> Tensor:
 
 def _features(x: Tensor, layout: _Layout, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """All features of x [n, D, tokens] as (rows, features [n, rows, tokens]), one product after the other."""
-    lower = _lower_features(x, layout, buffer)
+    lower, first = _lower_features(x, layout, buffer), 0
     if not layout.top:
         yield slice(0, layout.num_lower), lower
-    for i, product in enumerate(layout.top):
+    for product in layout.top:
         stop = layout.num_lower + product.rows.stop - product.rows.start
         torch.mul(*product.factors(lower), out=product.unfold(buffer[:, layout.num_lower : stop]))
-        if i == 0:  # together with the lower features above it: one matrix product less
-            yield slice(0, stop), buffer[:, :stop]
-        else:
-            yield product.rows, buffer[:, layout.num_lower : stop]
+        yield slice(product.rows.stop - stop + first, product.rows.stop), buffer[:, first:stop]
+        first = layout.num_lower  # the lower features came with the first product: one matrix product less
 
 
 # Everything rests on one expression in three variables, F(x, w, s) = sum_l f(x_l) · s^T w_l with the features f, and on
 # its three derivatives. The forward pass needs those by s and w, the backward pass all three.
 
 
-def _feature_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Tensor:
+def _tiled_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Tensor:
     """dF/ds = sum_l w_l f(x_l)^T [N, E, M], with y = w [N, E, L]; or dF/dw_l = s f(x_l) [N, E, L], with y = s."""
     layout = _layout(x.shape[1], num_terms)
     sums = x.new_zeros(len(x), y.shape[1], len(layout.weights) if over_tokens else x.shape[2])
@@ -293,68 +287,55 @@ def _plain_token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Te
             rows = torch.cat([rows, (coordinates * others).flatten(1, 2)], 1)
         return rows
 
-    _, gradient_of = torch.func.vjp(features, x)
-    return gradient_of(s.mT @ w)[0]
+    return torch.func.vjp(features, x)[1](s.mT @ w)[0]
 
 
 class _Recomputed(torch.autograd.Function):
-    """fast(*tensors), with the derivatives of plain(*tensors): the same in operations that autograd follows."""
+    """forward(*tensors); its gradients are made by backward(grad, tensors, which of them need one) from these alone."""
 
     @staticmethod
-    def forward(fast: Callable, plain: Callable, *tensors: Tensor) -> Tensor:
-        return fast(*tensors)
+    def forward(forward: Callable, backward: Callable, *tensors: Tensor) -> Tensor:
+        return forward(*tensors)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, ctx.plain, *tensors = inputs
+        _, ctx.gradients, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        with torch.autocast(grad.device.type, enabled=False):
-            _, gradients_of = torch.func.vjp(ctx.plain, *ctx.saved_tensors)
-            return None, None, *gradients_of(grad)
+        with torch.autocast(grad.device.type, enabled=False):  # a backward pass may run inside autocast, too
+            return None, None, *ctx.gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[2:])
 
     @staticmethod
     def vmap(*_):
         raise RuntimeError("under torch.vmap: give q, k and v a leading dimension instead, as a batch")
 
 
-class _FeatureSums(torch.autograd.Function):
-    """`_feature_sums`: over the tokens and over the features, each is the other's derivative by y."""
+def _by_autograd(function: Callable, grad: Tensor, tensors: tuple, needed: tuple) -> tuple:
+    return torch.func.vjp(function, *tensors)[1](grad)
 
-    forward, vmap = staticmethod(_feature_sums), _Recomputed.vmap
 
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, y, ctx.num_terms, ctx.over_tokens = inputs
-        ctx.save_for_backward(x, y)
+def _feature_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Tensor:
+    """`_tiled_sums`, differentiable: over the tokens and over the features, each is the other's derivative by y."""
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        x, y = ctx.saved_tensors
-        w, s = (y, grad) if ctx.over_tokens else (grad, y)
-        forms = [partial(form, num_terms=ctx.num_terms) for form in (_token_gradient, _plain_token_gradient)]
-        with torch.autocast(grad.device.type, enabled=False):  # a backward pass may run inside autocast, too
-            need_x, need_y, *_ = ctx.needs_input_grad
-            grad_x = _Recomputed.apply(*forms, x, w, s) if need_x else None
-            grad_y = _FeatureSums.apply(x, grad, ctx.num_terms, not ctx.over_tokens) if need_y else None
-        return grad_x, grad_y, None, None
+    def backward(grad: Tensor, tensors: tuple, needed: tuple) -> tuple:
+        x, y = tensors
+        w, s = (y, grad) if over_tokens else (grad, y)
+        fast, plain = (partial(form, num_terms=num_terms) for form in (_token_gradient, _plain_token_gradient))
+        grad_x = _Recomputed.apply(fast, partial(_by_autograd, plain), x, w, s) if needed[0] else None
+        return grad_x, _feature_sums(x, grad, num_terms, not over_tokens) if needed[1] else None
+
+    return _Recomputed.apply(partial(_tiled_sums, num_terms=num_terms, over_tokens=over_tokens), backward, x, y)
 
 
 def _key_sums(k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """Phi(K)^T V with the features' weights: k [N, D, L], w [N, E, L] -> [N, E, M]."""
     if not _features_fit(num_terms, k.dtype):
         raise ValueError(f"{num_terms} terms are too many for features in {k.dtype}: their weights 1/n! vanish")
-    on_host = torch.tensor(
-        _layout(k.shape[1], num_terms).weights, dtype=k.dtype, pin_memory=k.is_cuda
-    )  # pinned: nobody waits for the copy
-    return _FeatureSums.apply(k, w, num_terms, True) * on_host.to(k.device, non_blocking=True)
-
-
-def _query_sums(q: Tensor, key_sums: Tensor, num_terms: int) -> Tensor:
-    """Phi(Q) S: q [N, D, L], S [N, E, M] -> [N, E, L]."""
-    return _FeatureSums.apply(q, key_sums, num_terms, False)
+    weights = torch.tensor(_layout(k.shape[1], num_terms).weights, dtype=k.dtype, pin_memory=k.is_cuda)
+    weights = weights.to(k.device, non_blocking=True)  # from pinned memory: nobody waits
+    return _feature_sums(k, w, num_terms, over_tokens=True) * weights
 
 
 def _features_fit(num_terms: int, dtype: torch.dtype) -> bool:
@@ -390,7 +371,7 @@ def _pair_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int, causal: bool = F
     for i, q_tile in enumerate(q.split(side, -1)):
         tile = partial(_pair_tile, num_terms=num_terms, first=i * side if causal else None)
         seen = slice((i + 1) * side) if causal else slice(None)
-        sums.append(_Recomputed.apply(tile, tile, q_tile, k[..., seen], w[..., seen]))
+        sums.append(_Recomputed.apply(tile, partial(_by_autograd, tile), q_tile, k[..., seen], w[..., seen]))
     return torch.cat(sums, -1)
 
 
@@ -410,7 +391,7 @@ def _causal_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     for i, (q_chunk, (k_chunk, w_chunk)) in enumerate(zip(q_chunks, key_chunks, strict=False)):
         sums.append(_pair_sums(q_chunk, k_chunk, w_chunk, num_terms, causal=True))
         if before is not None:
-            sums[i] = sums[i] + _query_sums(q_chunk, before, num_terms)
+            sums[i] = sums[i] + _feature_sums(q_chunk, before, num_terms, over_tokens=False)
         if k_chunk.shape[2] and i + 1 < len(q_chunks):
             key_sums = _key_sums(k_chunk, w_chunk, num_terms)
             before = key_sums if before is None else before + key_sums
@@ -464,35 +445,32 @@ def taylor_attention(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     x = _prepare(q, k, v, scale, causal, key_mask, center)
     with torch.autocast(q.device.type, enabled=False):  # sums need the precision
-        negative = _negative_weights(x, num_terms, causal) if num_terms % 2 == 0 else 0.0
-        if method == "features" or (method == "auto" and _features_are_faster(x, num_terms, causal)):
+        negative = _negative_weights(x, num_terms)
+        if method == "features" or (method == "auto" and _features_are_faster(x, num_terms)):
             if causal:
                 sums = _causal_sums(x.q, x.k, x.w, num_terms)
             else:
-                sums = _query_sums(x.q, _key_sums(x.k, x.w, num_terms), num_terms)
-            limit = _rounding_limit(x, num_terms, _longest_seen_key(x, causal))
+                sums = _feature_sums(x.q, _key_sums(x.k, x.w, num_terms), num_terms, over_tokens=False)
+            reach = _norms(x.q) * _longest_seen_key(
+                x
+            )  # a score's products of coordinates, and their powers, may cancel
             try:
-                return _divide(sums, x, num_terms, limit, hint='; method="direct" loses less')
-            except _UnusableDenominators:
+                return _divide(sums, x, num_terms, exp_series(reach, num_terms))
+            except _UnusableDenominators as error:
                 if method == "features":
-                    raise
-        sums = _pair_sums(x.q, x.k, x.w, num_terms, causal)
-        return _divide(sums, x, num_terms, 2 * ROUNDING * torch.finfo(sums.dtype).eps / TOLERANCE * negative)
+                    raise ValueError(f'{error}; method="direct" loses less') from None
+        return _divide(_pair_sums(x.q, x.k, x.w, num_terms, causal), x, num_terms, 2 * negative)
 
 
 def crossover_length(dim: int, num_terms: int) -> float:
-    """The length from which features are faster than all pairs: fitted to what benchmarks/bench_q1.py measures.
-
-    All pairs cost L² D operations and features L M D, so the length is in proportion to M; the constant stands for
-    what a call costs besides.
-    """
+    """The length from which features (time L M D) are faster than all pairs (L² D), as measured by bench_q1.py."""
     return 350 + 0.8 * min(num_features(dim, num_terms), 2**60)
 
 
-def _features_are_faster(x: "_Inputs", num_terms: int, causal: bool) -> bool:
+def _features_are_faster(x: "_Inputs", num_terms: int) -> bool:
     num_queries, num_keys = x.q.shape[2], x.k.shape[2]
     length = 2 * num_queries * num_keys / max(1, num_queries + num_keys)  # what counts is pairs over tokens
-    crossover = crossover_length(x.q.shape[1], num_terms) * (2 if causal else 1)
+    crossover = crossover_length(x.q.shape[1], num_terms) * (2 if x.causal else 1)
     return length >= crossover and _features_fit(num_terms, x.q.dtype)
 
 
@@ -506,45 +484,32 @@ class _Inputs(NamedTuple):
     q: Tensor  # [N, D, Lq], times scale
     k: Tensor  # [N, D, Lk], 0 where masked
     w: Tensor  # [N, E + 1, Lk]: the values, and ones below them for the denominator; 0 where masked
-    keep: Tensor | None  # [N, Lk], bool: the keys that take part
-    counts: Tensor  # [N or 1, Lq or 1], float: how many keys each query sees
+    counts: Tensor  # [N, Lq or 1], float: how many keys each query sees
+    causal: bool
     batch: torch.Size  # the leading dimensions
     dtype: torch.dtype  # of the result
 
 
-def _prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float = 1.0,
-    causal: bool = False,
-    key_mask: Tensor | None = None,
-    center: bool = False,
-) -> _Inputs:
-    """Check types and shapes and bring everything to one form. Raises TypeError, ValueError."""
+def _prepare(q, k, v, scale=1.0, causal=False, key_mask=None, center=False) -> _Inputs:
+    """Check the arguments of `taylor_attention` and bring them to one form. Raises TypeError, ValueError."""
     batch = _check_shapes(q, k, v)
     _check_scale(scale)
     if center and causal:
         raise ValueError("center=True needs the mean of all keys, which causal=True must not see")
-    keep = None if key_mask is None else _check_mask(key_mask, batch, k)
-
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     flat = (x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (q, k, v))
     queries, keys, values = (x.to(accumulate).mT for x in flat)
     w = torch.cat([values.mT, values.new_ones(values.shape[0], values.shape[2], 1)], -1).mT
     if scale != 1:
         queries = queries * float(scale)
-    if keep is not None:  # NaN in a masked key must not matter either
-        keys, w = (x.masked_fill(~keep[:, None], 0) for x in (keys, w))
-
-    seen = keys.new_ones(1, keys.shape[2]) if keep is None else keep.to(accumulate)
-    counts = seen.sum(-1, keepdim=True)
-    if causal:  # query i sees the keys 0 to i, or all if there are fewer
-        counts = seen.cumsum(-1)[:, _last_seen(q.shape[-2], seen)]
+    if key_mask is not None:  # NaN in a masked key must not matter either
+        dropped = ~_check_mask(key_mask, batch, k)[:, None]
+        keys, w = keys.masked_fill(dropped, 0), w.masked_fill(dropped, 0)
+    seen = w[:, -1].detach()  # [N, Lk], 1 or 0
+    counts = seen.cumsum(-1)[:, _last_seen(q.shape[-2], seen)] if causal else seen.sum(-1, keepdim=True)
     if center:
-        keys = keys - keys.sum(-1, keepdim=True) / counts[:, None]
-        keys = keys if keep is None else keys.masked_fill(~keep[:, None], 0)
-    return _Inputs(queries, keys, w, keep, counts, batch, q.dtype)
+        keys = (keys - keys.sum(-1, keepdim=True) / counts[:, None]) * seen[:, None]
+    return _Inputs(queries, keys, w, counts, causal, batch, q.dtype)
 
 
 def _last_seen(num_queries: int, keys: Tensor) -> Tensor:
@@ -566,20 +531,19 @@ def _check_scale(scale: float) -> None:
         raise ValueError("scale must be a finite number")
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.layout == torch.strided and not x.is_nested and not x.is_meta
+def _kind(x: Tensor) -> object:
+    return "nested" if x.is_nested else "on the meta device" if x.is_meta else x.layout
 
 
-def _check_tensor(name: str, x: Tensor, least_dims: int = 2) -> None:
+def _check_tensor(name: str, x: Tensor, shape: str = "[..., L, D]") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    if not _is_dense(x):
-        kind = "nested" if x.is_nested else "on the meta device" if x.is_meta else x.layout
-        raise TypeError(f"{name} must be a dense tensor with values; it is {kind}")
+    if _kind(x) != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor with values; it is {_kind(x)}")
     if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{name} must be of float64, float32, bfloat16 or float16, not {x.dtype}")
-    if x.dim() < least_dims:
-        raise ValueError(f"{name} must be {'[..., L, D]' if least_dims == 2 else '[..., D]'}, not {list(x.shape)}")
+    if x.dim() < shape.count(","):
+        raise ValueError(f"{name} must be {shape}, not {list(x.shape)}")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
@@ -593,8 +557,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
         raise ValueError(f"q and k must be of one width, at least 1: {shapes}")
     if k.shape[-2] != v.shape[-2] or k.shape[-2] == 0:
         raise ValueError(f"k and v must be of one length, at least 1: {shapes}")
-    if q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
-        return q.shape[:-2]
     try:
         return torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     except RuntimeError:
@@ -603,18 +565,16 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
 
 def _check_mask(key_mask: Tensor, batch: torch.Size, k: Tensor) -> Tensor:
     """The mask as [N, Lk]. Raises TypeError, ValueError."""
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or not _is_dense(key_mask):
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or _kind(key_mask) != torch.strided:
         raise TypeError("key_mask must be a tensor of bool, and dense: True where the key takes part")
-    shape, wanted = list(key_mask.shape), [*batch, k.shape[-2]]
-    try:
-        if key_mask.dim() not in (1, k.dim() - 1) or shape[-1] != wanted[-1]:
-            raise RuntimeError
-        return key_mask.to(k.device).expand(wanted).reshape(batch.numel(), wanted[-1])
-    except RuntimeError:
+    shape, wanted = key_mask.shape, [*batch, k.shape[-2]]
+    fits = key_mask.dim() in (1, k.dim() - 1) and shape[-1] == wanted[-1]
+    if not fits or any(n not in (1, m) for n, m in zip(shape, wanted[-len(shape) :], strict=True)):
         raise ValueError(
             f"key_mask must fit {wanted} with one dimension or with one less than k (as [B, 1, {wanted[-1]}] for k "
-            f"[B, H, {wanted[-1]}, D]), not {shape}"
-        ) from None
+            f"[B, H, {wanted[-1]}, D]), not {list(shape)}"
+        )
+    return key_mask.to(k.device).expand(wanted).reshape(batch.numel(), wanted[-1])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -633,48 +593,37 @@ def _norms(x: Tensor) -> Tensor:
     return (x.new_ones(1, x.shape[-2]) @ x.detach().square())[..., 0, :].sqrt()
 
 
-def _longest_seen_key(x: _Inputs, causal: bool) -> Tensor:
+def _longest_seen_key(x: _Inputs) -> Tensor:
     """The norm of the longest key that each query sees, [N, Lq or 1]."""
     norms = _norms(x.k)
-    return norms.cummax(-1).values[:, _last_seen(x.q.shape[2], norms)] if causal else norms.amax(-1, keepdim=True)
+    return norms.cummax(-1).values[:, _last_seen(x.q.shape[2], norms)] if x.causal else norms.amax(-1, keepdim=True)
 
 
-def _rounding_limit(x: _Inputs, num_terms: int, longest_key: Tensor) -> Tensor:
-    """The mean weight [N, Lq] from which on rounding changes the result by less than TOLERANCE.
-
-    A score is a sum of products of coordinates, and its powers are expanded too: what cancels there leaves an error
-    of up to ROUNDING · eps · P_K(|q| |k|) in the mean weight.
-    """
-    return ROUNDING * torch.finfo(x.q.dtype).eps / TOLERANCE * exp_series(_norms(x.q) * longest_key, num_terms)
-
-
-def _divide(sums: Tensor, x: _Inputs, num_terms: int = 1, limit: Tensor | float = 0.0, hint: str = "") -> Tensor:
+def _divide(sums: Tensor, x: _Inputs, num_terms: int = 1, rounded: Tensor | float = 0.0) -> Tensor:
     """Sums [N, E + 1, Lq] -> their first E rows over the last one, [..., Lq, E].
 
-    Raises ValueError where a mean weight is not above `limit` or something is not finite. Where looking would make
-    the host wait for a GPU, and where torch.compile traces, those rows become NaN instead.
+    `rounded` [N, Lq] is the mean of the absolute numbers that were added up to the weights: their rounding is an error
+    of up to ROUNDING · eps · rounded in the mean weight. Raises ValueError where that may change the result by more
+    than TOLERANCE, where a mean weight is not positive or something is not finite. Where looking would make the host
+    wait for a GPU, and where torch.compile traces, those rows become NaN instead.
     """
     z = (sums[:, :-1] / sums[:, -1:]).to(x.dtype)
     means = sums[:, -1].detach() / x.counts
-    positive = (means > limit) & means.isfinite()
+    positive = (means > ROUNDING * torch.finfo(sums.dtype).eps / TOLERANCE * rounded) & means.isfinite()
     usable = positive & ((0 * z.detach()).sum(1) == 0)  # 0 · z is NaN if z is NaN or infinite
     if sums.device.type != "cpu" or torch.compiler.is_compiling():
         z = z.masked_fill(~usable[:, None], math.nan)
     elif not usable.all():
         _check_finite(q=x.q, k=x.k, v=x.w)
         if unseen := int((x.counts == 0).sum()):
-            several = x.counts.shape[1] > 1
-            raise ValueError(
-                f"{unseen} queries see no key: key_mask drops all up to their position"
-                if several
-                else f"key_mask drops every key in {unseen} of {len(x.counts)} sequences"
-            )
+            if x.causal:
+                raise ValueError(f"{unseen} queries see no key: key_mask drops all up to their position")
+            raise ValueError(f"key_mask drops every key in {unseen} of {len(x.counts)} sequences")
         if bad := int((~positive).sum()):
             raise _UnusableDenominators(
-                f"{bad} of {positive.numel()} denominators are negative, vanish within rounding or overflow: "
-                f"the scores are too large for {num_terms} terms in {sums.dtype}; scale them down"
-                + ("" if num_terms % 2 else " or take an odd number of terms")
-                + hint
+                f"{bad} of {positive.numel()} denominators are negative, vanish within rounding or overflow: the "
+                f"scores are too large for {num_terms} terms in {sums.dtype}; scale them down"
+                + (" or take an odd number of terms" if num_terms % 2 == 0 else "")
             )
         bad = int((~z.isfinite()).sum())
         raise ValueError(f"{bad} numbers of the result overflow {sums.dtype} or {x.dtype}: scale q, k or v down")
@@ -689,28 +638,30 @@ def _check_finite(**tensors: Tensor) -> None:
 
 @lru_cache
 def _negative_root(num_terms: int) -> float:
-    """The only real root of P_K for even K, below which a weight is negative. By bisection on exact fractions."""
-    low, high = Fraction(-num_terms), Fraction(0)
-    for _ in range(50):
-        middle = (low + high) / 2
-        negative = sum(middle**n / math.factorial(n) for n in range(num_terms)) < 0
-        low, high = (middle, high) if negative else (low, middle)
-    return float(high)
+    """Where P_K becomes negative: at its only real root for even K, which is rounded up; nowhere for odd K."""
+    if num_terms % 2:
+        return -math.inf
+
+    def negative(i: int) -> bool:
+        t = Fraction(-i, 2**40)  # exact, since the terms cancel
+        return sum(t**n / math.factorial(n) for n in range(num_terms)) < 0
+
+    return (1 - bisect_left(range(num_terms << 40), True, key=negative)) / 2**40
 
 
 @torch.no_grad()
-def _negative_weights(x: _Inputs, num_terms: int, causal: bool) -> Tensor | float:
-    """For even K: warn of weights below zero, counted among all pairs unless |q||k| rules them out.
+def _negative_weights(x: _Inputs, num_terms: int) -> Tensor | float:
+    """Warn of weights below zero, counted among all pairs unless |q||k| rules them out.
 
     Returns the mean of their absolute values over all keys that a query sees, [N, Lq].
     """
-    root, reach = _negative_root(num_terms), _norms(x.q) * _norms(x.k).amax(-1, keepdim=True)
-    if not (reach > -root).any():
+    root = _negative_root(num_terms)
+    if num_terms % 2 or not (_norms(x.q) * _norms(x.k).amax(-1, keepdim=True) > -root).any():
         return 0.0
     side, count, sums = max(1, 2**22 // x.k[:, 0].numel()), 0, []
     for first in range(0, x.q.shape[2], side):
         scores = x.k.mT @ x.q[..., first : first + side]  # [N, keys, queries]
-        scores = scores.triu(-first) if causal else scores
+        scores = scores.triu(-first) if x.causal else scores
         weights = exp_series(scores, num_terms).masked_fill(scores >= root, 0)
         count += int((weights < 0).sum())
         sums.append(-weights.sum(1))
@@ -759,7 +710,7 @@ class TaylorState:
         if k.device.type == "cpu":
             _check_finite(k=x.k, v=x.w)
         with torch.autocast(k.device.type, enabled=False):
-            sums, longest_key = _key_sums(x.k, x.w, self.num_terms), _longest_seen_key(x, causal=False)
+            sums, longest_key = _key_sums(x.k, x.w, self.num_terms), _longest_seen_key(x)
         if self.sums is not None:
             sums, longest_key = self.sums + sums, torch.maximum(self.longest_key, longest_key)
         self.sums, self.longest_key, self._kind = sums, longest_key, kind
@@ -776,13 +727,13 @@ class TaylorState:
             raise ValueError(f"q {list(q.shape)} of {q.dtype} does not fit the state's {[*batch, 'n', dim]} of {dtype}")
         x = _prepare(q, q.new_zeros(1, dim), q.new_zeros(1, 1), self.scale)  # the keys are in the sums
         x = x._replace(counts=torch.full_like(x.counts, self.num_keys))
-        root = _negative_root(self.num_terms) if self.num_terms % 2 == 0 else -math.inf
-        if root > -math.inf and (doubtful := int((_norms(x.q) * self.longest_key > -root).sum())):
+        reach, root = _norms(x.q) * self.longest_key, _negative_root(self.num_terms)
+        if root > -math.inf and (doubtful := int((reach > -root).sum())):
             message = f"weights of {doubtful} queries may be negative: an even number of terms needs small scores"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         with torch.autocast(q.device.type, enabled=False):
-            sums = _query_sums(x.q, self.sums, self.num_terms)
-            return _divide(sums, x, self.num_terms, _rounding_limit(x, self.num_terms, self.longest_key))
+            sums = _feature_sums(x.q, self.sums, self.num_terms, over_tokens=False)
+            return _divide(sums, x, self.num_terms, exp_series(reach, self.num_terms))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -792,18 +743,16 @@ class TaylorState:
 def error_bound(q: Tensor, k: Tensor, v: Tensor, num_terms: int = 3, *, scale: float = 1.0) -> Tensor:
     """A bound on |z_hat - z| (Euclidean) for each query: [..., Lq], float64. Time in Lq·Lk: it looks at every score.
 
-    With r(t) = P_K(t) exp(-t) the approximate weights are the exact ones times r(t_j), normalised again. If r lies
-    between m and M on a row, no reweighting by such factors moves more than tanh(ln(M/m)/4) of the weight, and
-    moving a share s of the weight moves the mean of v by at most s times the diameter of v:
+    With r(t) = P_K(t) exp(-t) the approximate weights are the exact ones times r(t_j), normalised again. That moves a
+    share of at most tanh(ln(max_j r(t_j) / min_j r(t_j)) / 4) of the weight, and moving a share s of it moves the mean
+    of v by at most s times the diameter of v:
 
         |z_hat - z| <= tanh(ln(max_j r(t_j) / min_j r(t_j)) / 4) · max_{i,j} |v_i - v_j|
 
-    Two different scores, each with a suitable number of keys, attain it. r falls strictly for odd K, so that there
-    the extreme scores decide; for even K the bound is infinite where a weight is not positive. Rounding is no part
-    of it: neither that of the attention nor its own, about 1e-16 of the diameter for scores around 1. It holds for
-    `taylor_attention` to all keys, without `center`.
-
-    Raises ValueError and TypeError for input that `taylor_attention` refuses, TypeError on MPS: it has no float64.
+    Two different scores, each with a suitable number of keys, attain it. Infinite where a weight is not positive (even
+    K). Rounding is no part of it: neither that of the attention nor its own, about 1e-16 of the diameter for scores
+    around 1. It holds for `taylor_attention` to all keys, without `center`. Raises ValueError and TypeError for input
+    that `taylor_attention` refuses, TypeError on MPS: it has no float64.
     """
     _check_count("num_terms", num_terms)
     x = _prepare(q, k, v, scale)
@@ -822,13 +771,9 @@ def error_bound(q: Tensor, k: Tensor, v: Tensor, num_terms: int = 3, *, scale: f
 
 
 def _diameter(v: Tensor) -> Tensor:
-    """The largest distance between two rows of v [L, E]."""
-    v = v - v.mean(0)  # distances from sums of squares lose nothing of the largest one after this
-    squares = v.square().sum(-1)
-    largest = [
-        (squares[:, None] + s - 2 * v @ u.T).amax() for u, s in zip(v.split(256), squares.split(256), strict=True)
-    ]
-    return torch.stack(largest).amax().clamp(min=0).sqrt()
+    """The largest distance between two rows of v [L, E]; after centring, it loses nothing by the products in cdist."""
+    v = v - v.mean(0)
+    return torch.stack([torch.cdist(rows, v).amax() for rows in v.split(256)]).amax()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -861,36 +806,21 @@ def relative_errors(q: Tensor, k: Tensor, v: Tensor, terms: list[int]) -> dict[i
     return outcomes
 
 
-def milliseconds(call: Callable, device: torch.device) -> float:
-    """The median of at least three calls and a fifth of a second; a GPU is waited for."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    call()
-    while len(seconds) < 3 or sum(seconds) < 0.2:
-        synchronise()
-        started = time.perf_counter()
-        call()
-        synchronise()
-        seconds.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(seconds)
-
-
 @torch.no_grad()
 def measure_times(lengths: list[int], dim: int, num_terms: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
-    """Milliseconds of a forward pass for each length, printed on the way."""
-    print(f"\nMilliseconds of a forward pass, D = {dim}, K = {num_terms}\n{'L':>8s}{SOFTMAX:>18s}{TAYLOR:>10s}")
-    points = []
+    """Milliseconds of a forward pass for each length: the mean of calls that take a fifth of a second."""
+
+    def milliseconds(attention: Callable) -> float:
+        attention()
+        calls, seconds = timeit.Timer(lambda: (attention(), wait())).autorange()
+        return 1e3 * seconds / calls
+
+    points, wait = [], torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for length in lengths:
         tokens = [x[None] for x in random_tokens(length, dim, 0.25, 42, dtype, device)]  # [1, 1, L, D]
-        softmax = milliseconds(partial(F.scaled_dot_product_attention, *tokens, scale=1.0), device)
-        taylor = milliseconds(partial(taylor_attention, *tokens, num_terms), device)
+        softmax = milliseconds(partial(F.scaled_dot_product_attention, *tokens, scale=1.0))
+        taylor = milliseconds(partial(taylor_attention, *tokens, num_terms))
         points.append({"length": length, "ms": {SOFTMAX: softmax, TAYLOR: taylor}})
-        print(f"{length:8,d}{softmax:18.2f}{taylor:10.2f}", flush=True)
-    slower = max((point["length"] for point in points if point["ms"][TAYLOR] >= point["ms"][SOFTMAX]), default=0)
-    if slower == lengths[-1]:
-        print(f"These lengths are too short: Taylor attention is not faster up to L = {slower:,}.")
-    else:
-        print(f"Taylor attention is faster than fused softmax at all lengths above L = {slower:,}.")
     return points
 
 
@@ -921,6 +851,8 @@ def draw(errors: dict[int, list[tuple[float, float, float]]], curves: list[dict]
 
 
 def run(args: argparse.Namespace) -> None:
+    from tabulate import tabulate
+
     import runs
     from utils import choose_device
 
@@ -931,31 +863,42 @@ def run(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before it is measured
     torch.set_num_threads(args.threads)
 
-    heads = "".join(f"{f'K = {num_terms}':>28s}" for num_terms in args.terms)
-    print(
-        f"Features M for D dimensions and K terms: each monomial once (every order of its coordinates)\n{'':8s}{heads}"
-    )
-    for dim in sorted({8, 16, 32, 64, *args.dims}):
-        cells = [f"{num_features(dim, k):,} ({num_features(dim, k, symmetric=False):,})" for k in args.terms]
-        print(f"D = {dim:<4d}" + "".join(f"{cell:>28s}" for cell in cells))
+    def show(title: str, corner: str, columns: list[str], rows: list[list]) -> None:
+        table = tabulate(rows, [corner, *columns], disable_numparse=True, stralign="right")
+        print(f"\n{title}\n\n{table}", flush=True)
 
-    length, dim, errors = 256 if args.quick else 1024, max(args.dims), {num_terms: [] for num_terms in args.terms}
-    print(
-        f"\nRelative error of Z (L = {length:,}, D = {dim}) against the standard deviation of the scores; in brackets"
+    heads, rows = [f"K = {num_terms}" for num_terms in args.terms], []
+    for dim in sorted({8, 16, 32, 64, *args.dims}):
+        rows.append(
+            [dim, *(f"{num_features(dim, k):,} ({num_features(dim, k, symmetric=False):,})" for k in args.terms)]
+        )
+    show(
+        "Features M for D dimensions and K terms: each monomial once (every order of its coordinates)", "D", heads, rows
     )
-    print(f"the proven bound. *: negative weights, nan: no result\n{'scores':8s}{heads}")
+
+    length, dim, errors, rows = 256 if args.quick else 1024, max(args.dims), {k: [] for k in args.terms}, []
     for score_std in SCORE_STDS:
         outcomes = relative_errors(*random_tokens(length, dim, score_std, 42, dtype, device), args.terms)
         for num_terms, (error, bound, _) in outcomes.items():
             errors[num_terms].append((score_std, error, bound))
-        cells = [f"{error:.1e}{'*' if negative else ''} ({bound:.1e})" for error, bound, negative in outcomes.values()]
-        print(f"{score_std:<8g}" + "".join(f"{cell:>28s}" for cell in cells), flush=True)
+        cells = (f"{error:.1e}{'*' if negative else ''} ({bound:.1e})" for error, bound, negative in outcomes.values())
+        rows.append([score_std, *cells])
+    title = (
+        f"Relative error of Z (L = {length:,}, D = {dim}) against the standard deviation of the scores; in brackets\n"
+    )
+    show(title + "the proven bound. *: negative weights, nan: no result", "scores", heads, rows)
 
-    num_terms = 3 if 3 in args.terms else args.terms[0]
-    curves = [
-        {"dim": dim, "num_terms": num_terms, "points": measure_times(args.lengths, dim, num_terms, dtype, device)}
-        for dim in args.dims
-    ]
+    num_terms, curves = 3 if 3 in args.terms else args.terms[0], []
+    for dim in args.dims:
+        points = measure_times(args.lengths, dim, num_terms, dtype, device)
+        curves.append({"dim": dim, "num_terms": num_terms, "points": points})
+        rows = [[f"{p['length']:,}", *(f"{p['ms'][name]:.2f}" for name in (SOFTMAX, TAYLOR))] for p in points]
+        show(f"Milliseconds of a forward pass, D = {dim}, K = {num_terms}", "L", [SOFTMAX, TAYLOR], rows)
+        slower = max((p["length"] for p in points if p["ms"][TAYLOR] >= p["ms"][SOFTMAX]), default=0)
+        if slower == args.lengths[-1]:
+            print(f"These lengths are too short: Taylor attention is not faster up to L = {slower:,}.")
+        else:
+            print(f"Taylor attention is faster than fused softmax at all lengths above L = {slower:,}.")
     draw(errors, curves, args.figures)
     if args.out:
         finite = {k: [[x if math.isfinite(x) else None for x in row] for row in rows] for k, rows in errors.items()}
