@@ -73,10 +73,8 @@ from torch import Tensor
 
 
 def num_features(dim: int, num_terms: int = 3, symmetric: bool = True) -> int:
-    """The dimension M of the feature map for vectors of `dim` coordinates and `num_terms` terms of the series.
-
-    C(dim + num_terms - 1, num_terms - 1) monomials of degree below num_terms if each counts once (`symmetric`),
-    sum_{n < num_terms} dim^n if the coordinates' order counts. Raises TypeError, ValueError.
+    """The monomials of degree below num_terms in `dim` coordinates: each counts once, or (not `symmetric`) every order
+    of its coordinates. Raises TypeError, ValueError.
     """
     _check_count("dim", dim)
     _check_count("num_terms", num_terms)
@@ -88,10 +86,9 @@ def num_features(dim: int, num_terms: int = 3, symmetric: bool = True) -> int:
 def feature_map(x: Tensor, num_terms: int = 3, symmetric: bool = True) -> Tensor:
     """phi(x) with phi(q)·phi(k) = sum_{n < num_terms} (q·k)^n / n!, exactly.
 
-    x [..., D] -> [..., M], M = num_features(D, num_terms, symmetric). With `symmetric` each monomial comes once,
-    phi_a(x) = x^a / sqrt(a!); else the degree n is the outer product x (x) ... (x) x / sqrt(n!), all D^n entries.
-    This is the definition, for reading and testing: `taylor_attention` never holds the features of a sequence.
-    Raises TypeError, ValueError.
+    x [..., D] -> [..., M]. With `symmetric` each monomial comes once, phi_a(x) = x^a / sqrt(a!); else the degree n is
+    the outer product x (x) ... (x) x / sqrt(n!), all D^n entries. This is the definition, for reading and testing:
+    `taylor_attention` never holds the features of a sequence. Raises TypeError, ValueError.
     """
     _check_tensor("x", x, "[..., D]")
     dim = x.shape[-1]
@@ -217,21 +214,16 @@ def _tiles(x: Tensor, rows: int) -> Iterator[tuple[tuple[slice, slice, slice], T
         yield tile, buffer[: num_sequences - n, :, : length - first]
 
 
-def _lower_features(x: Tensor, layout: _Layout, buffer: Tensor) -> Tensor:
-    """The features of x [n, D, tokens] below the highest degree, in the first rows of the buffer."""
+def _features(x: Tensor, layout: _Layout, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """All features of x [n, D, tokens] as (rows, features [n, rows, tokens]), one product after the other."""
     lower = buffer[:, : layout.num_lower]
     lower[:, :1] = 1
     lower[:, 1 : 1 + x.shape[1]] = x[:, : layout.num_lower - 1]
     for product in layout.lower:
         torch.mul(*product.factors(lower), out=product.unfold(lower[:, product.rows]))
-    return lower
-
-
-def _features(x: Tensor, layout: _Layout, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """All features of x [n, D, tokens] as (rows, features [n, rows, tokens]), one product after the other."""
-    lower, first = _lower_features(x, layout, buffer), 0
     if not layout.top:
         yield slice(0, layout.num_lower), lower
+    first = 0
     for product in layout.top:
         stop = layout.num_lower + product.rows.stop - product.rows.start
         torch.mul(*product.factors(lower), out=product.unfold(buffer[:, layout.num_lower : stop]))
@@ -261,7 +253,8 @@ def _token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Tensor:
     layout = _layout(x.shape[1], num_terms)
     gradient = torch.zeros_like(x)
     for tile, buffer in _tiles(x, 2 * layout.num_lower + layout.num_top):
-        lower, columns = _lower_features(x[tile], layout, buffer), s[tile[0]].mT
+        (_, lower), *_ = _features(x[tile], layout._replace(top=[]), buffer)
+        columns = s[tile[0]].mT
         grad, of_top = buffer[:, layout.num_lower :].tensor_split((layout.num_lower,), 1)
         torch.bmm(columns[:, : layout.num_lower], w[tile], out=grad)
         for product in itertools.chain(layout.top, reversed(layout.lower)):
@@ -312,8 +305,8 @@ class _Recomputed(torch.autograd.Function):
         raise RuntimeError("under torch.vmap: give q, k and v a leading dimension instead, as a batch")
 
 
-def _by_autograd(function: Callable, grad: Tensor, tensors: tuple, needed: tuple) -> tuple:
-    return torch.func.vjp(function, *tensors)[1](grad)
+def _gradients_of(function: Callable) -> Callable:
+    return lambda grad, tensors, needed: torch.func.vjp(function, *tensors)[1](grad)
 
 
 def _feature_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Tensor:
@@ -323,36 +316,28 @@ def _feature_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Te
         x, y = tensors
         w, s = (y, grad) if over_tokens else (grad, y)
         fast, plain = (partial(form, num_terms=num_terms) for form in (_token_gradient, _plain_token_gradient))
-        grad_x = _Recomputed.apply(fast, partial(_by_autograd, plain), x, w, s) if needed[0] else None
+        grad_x = _Recomputed.apply(fast, _gradients_of(plain), x, w, s) if needed[0] else None
         return grad_x, _feature_sums(x, grad, num_terms, not over_tokens) if needed[1] else None
 
     return _Recomputed.apply(partial(_tiled_sums, num_terms=num_terms, over_tokens=over_tokens), backward, x, y)
 
 
+MOST_TERMS = {torch.float32: 34, torch.float64: 171}  # beyond, the smallest weight, 1/(K-1)!, is no normal number
+
+
 def _key_sums(k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """Phi(K)^T V with the features' weights: k [N, D, L], w [N, E, L] -> [N, E, M]."""
-    if not _features_fit(num_terms, k.dtype):
+    if num_terms > MOST_TERMS[k.dtype]:
         raise ValueError(f"{num_terms} terms are too many for features in {k.dtype}: their weights 1/n! vanish")
     weights = torch.tensor(_layout(k.shape[1], num_terms).weights, dtype=k.dtype, pin_memory=k.is_cuda)
     weights = weights.to(k.device, non_blocking=True)  # from pinned memory: nobody waits
     return _feature_sums(k, w, num_terms, over_tokens=True) * weights
 
 
-def _features_fit(num_terms: int, dtype: torch.dtype) -> bool:
-    """Whether the smallest weight of a feature, 1/(K-1)!, is a normal number of the dtype of the sums."""
-    return math.lgamma(num_terms) < -math.log(torch.finfo(dtype).tiny)
-
-
 # ---------------------------------------------------------------------------------------------------
 # All pairs, a tile of queries at a time: faster for short sequences
 
 PAIRS_CPU, PAIRS_GPU = 2**18, 2**26  # weights that are held at once
-
-
-def _pair_tile(q: Tensor, k: Tensor, w: Tensor, num_terms: int, first: int | None) -> Tensor:
-    """sum_j P_K(q_i·k_j) w_j; over j <= first + i, if `first` is given."""
-    weights = exp_series(k.mT @ q, num_terms)  # [N, keys, queries]
-    return w @ (weights if first is None else weights.triu_(-first))
 
 
 def _pair_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int, causal: bool = False) -> Tensor:
@@ -369,9 +354,13 @@ def _pair_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int, causal: bool = F
     side = max(8, most_pairs // num_keys)
     sums = []
     for i, q_tile in enumerate(q.split(side, -1)):
-        tile = partial(_pair_tile, num_terms=num_terms, first=i * side if causal else None)
+
+        def tile(q: Tensor, k: Tensor, w: Tensor, first: int = i * side) -> Tensor:
+            weights = exp_series(k.mT @ q, num_terms)  # [N, keys, queries]
+            return w @ (weights.triu_(-first) if causal else weights)  # causal: the keys up to first + query
+
         seen = slice((i + 1) * side) if causal else slice(None)
-        sums.append(_Recomputed.apply(tile, partial(_by_autograd, tile), q_tile, k[..., seen], w[..., seen]))
+        sums.append(_Recomputed.apply(tile, _gradients_of(tile), q_tile, k[..., seen], w[..., seen]))
     return torch.cat(sums, -1)
 
 
@@ -451,9 +440,9 @@ def taylor_attention(
                 sums = _causal_sums(x.q, x.k, x.w, num_terms)
             else:
                 sums = _feature_sums(x.q, _key_sums(x.k, x.w, num_terms), num_terms, over_tokens=False)
-            reach = _norms(x.q) * _longest_seen_key(
-                x
-            )  # a score's products of coordinates, and their powers, may cancel
+            lengths = _norms(x.k)  # a score's products of coordinates cancel, and their powers, too
+            longest = lengths.cummax(-1).values[:, x.last_seen] if causal else lengths.amax(-1, keepdim=True)
+            reach = _norms(x.q) * longest
             try:
                 return _divide(sums, x, num_terms, exp_series(reach, num_terms))
             except _UnusableDenominators as error:
@@ -470,8 +459,8 @@ def crossover_length(dim: int, num_terms: int) -> float:
 def _features_are_faster(x: "_Inputs", num_terms: int) -> bool:
     num_queries, num_keys = x.q.shape[2], x.k.shape[2]
     length = 2 * num_queries * num_keys / max(1, num_queries + num_keys)  # what counts is pairs over tokens
-    crossover = crossover_length(x.q.shape[1], num_terms) * (2 if x.causal else 1)
-    return length >= crossover and _features_fit(num_terms, x.q.dtype)
+    crossover = crossover_length(x.q.shape[1], num_terms) * (1 if x.last_seen is None else 2)
+    return length >= crossover and num_terms <= MOST_TERMS[x.q.dtype]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -485,17 +474,14 @@ class _Inputs(NamedTuple):
     k: Tensor  # [N, D, Lk], 0 where masked
     w: Tensor  # [N, E + 1, Lk]: the values, and ones below them for the denominator; 0 where masked
     counts: Tensor  # [N, Lq or 1], float: how many keys each query sees
-    causal: bool
+    last_seen: Tensor | None  # [Lq]: the last key that each query sees under causal attention
     batch: torch.Size  # the leading dimensions
     dtype: torch.dtype  # of the result
 
 
 def _prepare(q, k, v, scale=1.0, causal=False, key_mask=None, center=False) -> _Inputs:
     """Check the arguments of `taylor_attention` and bring them to one form. Raises TypeError, ValueError."""
-    batch = _check_shapes(q, k, v)
-    _check_scale(scale)
-    if center and causal:
-        raise ValueError("center=True needs the mean of all keys, which causal=True must not see")
+    batch = _check_arguments(q, k, v, scale, causal, key_mask, center)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     flat = (x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (q, k, v))
     queries, keys, values = (x.to(accumulate).mT for x in flat)
@@ -503,18 +489,14 @@ def _prepare(q, k, v, scale=1.0, causal=False, key_mask=None, center=False) -> _
     if scale != 1:
         queries = queries * float(scale)
     if key_mask is not None:  # NaN in a masked key must not matter either
-        dropped = ~_check_mask(key_mask, batch, k)[:, None]
+        dropped = ~key_mask.to(k.device).expand(*batch, k.shape[-2]).reshape(batch.numel(), 1, k.shape[-2])
         keys, w = keys.masked_fill(dropped, 0), w.masked_fill(dropped, 0)
     seen = w[:, -1].detach()  # [N, Lk], 1 or 0
-    counts = seen.cumsum(-1)[:, _last_seen(q.shape[-2], seen)] if causal else seen.sum(-1, keepdim=True)
+    last_seen = torch.arange(q.shape[-2], device=q.device).clamp(max=k.shape[-2] - 1) if causal else None
+    counts = seen.cumsum(-1)[:, last_seen] if causal else seen.sum(-1, keepdim=True)
     if center:
         keys = (keys - keys.sum(-1, keepdim=True) / counts[:, None]) * seen[:, None]
-    return _Inputs(queries, keys, w, counts, causal, batch, q.dtype)
-
-
-def _last_seen(num_queries: int, keys: Tensor) -> Tensor:
-    """The last of the keys [..., Lk] that each query sees under causal attention, [Lq]."""
-    return torch.arange(num_queries, device=keys.device).clamp(max=keys.shape[-1] - 1)
+    return _Inputs(queries, keys, w, counts, last_seen, batch, q.dtype)
 
 
 def _check_count(name: str, value: int) -> None:
@@ -531,22 +513,22 @@ def _check_scale(scale: float) -> None:
         raise ValueError("scale must be a finite number")
 
 
-def _kind(x: Tensor) -> object:
-    return "nested" if x.is_nested else "on the meta device" if x.is_meta else x.layout
-
-
 def _check_tensor(name: str, x: Tensor, shape: str = "[..., L, D]") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    if _kind(x) != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor with values; it is {_kind(x)}")
+    if (kind := _kind(x)) != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor with values; it is {kind}")
     if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{name} must be of float64, float32, bfloat16 or float16, not {x.dtype}")
     if x.dim() < shape.count(","):
         raise ValueError(f"{name} must be {shape}, not {list(x.shape)}")
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
+def _kind(x: Tensor) -> object:
+    return "nested" if x.is_nested else "on the meta device" if x.is_meta else x.layout
+
+
+def _check_arguments(q, k, v, scale, causal, key_mask, center) -> torch.Size:
     """The leading dimensions that q, k and v broadcast to. Raises TypeError, ValueError."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
@@ -558,23 +540,25 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
     if k.shape[-2] != v.shape[-2] or k.shape[-2] == 0:
         raise ValueError(f"k and v must be of one length, at least 1: {shapes}")
     try:
-        return torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     except RuntimeError:
         raise ValueError(f"the leading dimensions do not fit together: {shapes}") from None
-
-
-def _check_mask(key_mask: Tensor, batch: torch.Size, k: Tensor) -> Tensor:
-    """The mask as [N, Lk]. Raises TypeError, ValueError."""
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or _kind(key_mask) != torch.strided:
-        raise TypeError("key_mask must be a tensor of bool, and dense: True where the key takes part")
-    shape, wanted = key_mask.shape, [*batch, k.shape[-2]]
-    fits = key_mask.dim() in (1, k.dim() - 1) and shape[-1] == wanted[-1]
-    if not fits or any(n not in (1, m) for n, m in zip(shape, wanted[-len(shape) :], strict=True)):
-        raise ValueError(
-            f"key_mask must fit {wanted} with one dimension or with one less than k (as [B, 1, {wanted[-1]}] for k "
-            f"[B, H, {wanted[-1]}, D]), not {list(shape)}"
+    _check_scale(scale)
+    if center and causal:
+        raise ValueError("center=True needs the mean of all keys, which causal=True must not see")
+    if key_mask is not None:
+        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or _kind(key_mask) != torch.strided:
+            raise TypeError("key_mask must be a tensor of bool, and dense: True where the key takes part")
+        mask, keys = [*key_mask.shape], [*batch, k.shape[-2]]
+        fits = len(mask) in (1, k.dim() - 1) and all(
+            m in (1, n) for m, n in zip(mask[-2::-1], keys[-2::-1], strict=False)
         )
-    return key_mask.to(k.device).expand(wanted).reshape(batch.numel(), wanted[-1])
+        if not fits or mask[-1] != keys[-1]:
+            raise ValueError(
+                f"key_mask must fit {keys} with one dimension or with one less than k (as [B, 1, {keys[-1]}] for k "
+                f"[B, H, {keys[-1]}, D]), not {mask}"
+            )
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -591,12 +575,6 @@ class _UnusableDenominators(ValueError):
 def _norms(x: Tensor) -> Tensor:
     """Euclidean norms of the columns of x [..., D, L] -> [..., L]; as a product, which is the fastest sum along D."""
     return (x.new_ones(1, x.shape[-2]) @ x.detach().square())[..., 0, :].sqrt()
-
-
-def _longest_seen_key(x: _Inputs) -> Tensor:
-    """The norm of the longest key that each query sees, [N, Lq or 1]."""
-    norms = _norms(x.k)
-    return norms.cummax(-1).values[:, _last_seen(x.q.shape[2], norms)] if x.causal else norms.amax(-1, keepdim=True)
 
 
 def _divide(sums: Tensor, x: _Inputs, num_terms: int = 1, rounded: Tensor | float = 0.0) -> Tensor:
@@ -616,7 +594,7 @@ def _divide(sums: Tensor, x: _Inputs, num_terms: int = 1, rounded: Tensor | floa
     elif not usable.all():
         _check_finite(q=x.q, k=x.k, v=x.w)
         if unseen := int((x.counts == 0).sum()):
-            if x.causal:
+            if x.last_seen is not None:
                 raise ValueError(f"{unseen} queries see no key: key_mask drops all up to their position")
             raise ValueError(f"key_mask drops every key in {unseen} of {len(x.counts)} sequences")
         if bad := int((~positive).sum()):
@@ -641,12 +619,10 @@ def _negative_root(num_terms: int) -> float:
     """Where P_K becomes negative: at its only real root for even K, which is rounded up; nowhere for odd K."""
     if num_terms % 2:
         return -math.inf
-
-    def negative(i: int) -> bool:
-        t = Fraction(-i, 2**40)  # exact, since the terms cancel
-        return sum(t**n / math.factorial(n) for n in range(num_terms)) < 0
-
-    return (1 - bisect_left(range(num_terms << 40), True, key=negative)) / 2**40
+    terms = [Fraction(1, math.factorial(n)) for n in range(num_terms)]  # exact, since they cancel
+    steps = range(num_terms << 40)
+    step = bisect_left(steps, True, key=lambda i: sum(a * Fraction(-i, 2**40) ** n for n, a in enumerate(terms)) < 0)
+    return (1 - step) / 2**40
 
 
 @torch.no_grad()
@@ -661,7 +637,7 @@ def _negative_weights(x: _Inputs, num_terms: int) -> Tensor | float:
     side, count, sums = max(1, 2**22 // x.k[:, 0].numel()), 0, []
     for first in range(0, x.q.shape[2], side):
         scores = x.k.mT @ x.q[..., first : first + side]  # [N, keys, queries]
-        scores = scores.triu(-first) if x.causal else scores
+        scores = scores.triu(-first) if x.last_seen is not None else scores
         weights = exp_series(scores, num_terms).masked_fill(scores >= root, 0)
         count += int((weights < 0).sum())
         sums.append(-weights.sum(1))
@@ -710,7 +686,7 @@ class TaylorState:
         if k.device.type == "cpu":
             _check_finite(k=x.k, v=x.w)
         with torch.autocast(k.device.type, enabled=False):
-            sums, longest_key = _key_sums(x.k, x.w, self.num_terms), _longest_seen_key(x)
+            sums, longest_key = _key_sums(x.k, x.w, self.num_terms), _norms(x.k).amax(-1, keepdim=True)
         if self.sums is not None:
             sums, longest_key = self.sums + sums, torch.maximum(self.longest_key, longest_key)
         self.sums, self.longest_key, self._kind = sums, longest_key, kind
@@ -863,18 +839,15 @@ def run(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before it is measured
     torch.set_num_threads(args.threads)
 
-    def show(title: str, corner: str, columns: list[str], rows: list[list]) -> None:
-        table = tabulate(rows, [corner, *columns], disable_numparse=True, stralign="right")
-        print(f"\n{title}\n\n{table}", flush=True)
+    def show(title: str, columns: list[str], rows: list[list]) -> None:
+        print(f"\n{title}\n\n{tabulate(rows, columns, disable_numparse=True, stralign='right')}", flush=True)
 
     heads, rows = [f"K = {num_terms}" for num_terms in args.terms], []
     for dim in sorted({8, 16, 32, 64, *args.dims}):
-        rows.append(
-            [dim, *(f"{num_features(dim, k):,} ({num_features(dim, k, symmetric=False):,})" for k in args.terms)]
-        )
-    show(
-        "Features M for D dimensions and K terms: each monomial once (every order of its coordinates)", "D", heads, rows
-    )
+        counts = ((num_features(dim, k), num_features(dim, k, symmetric=False)) for k in args.terms)
+        rows.append([dim, *(f"{merged:,} ({unmerged:,})" for merged, unmerged in counts)])
+    title = "Features M for D dimensions and K terms: each monomial once (every order of its coordinates)"
+    show(title, ["D", *heads], rows)
 
     length, dim, errors, rows = 256 if args.quick else 1024, max(args.dims), {k: [] for k in args.terms}, []
     for score_std in SCORE_STDS:
@@ -883,17 +856,15 @@ def run(args: argparse.Namespace) -> None:
             errors[num_terms].append((score_std, error, bound))
         cells = (f"{error:.1e}{'*' if negative else ''} ({bound:.1e})" for error, bound, negative in outcomes.values())
         rows.append([score_std, *cells])
-    title = (
-        f"Relative error of Z (L = {length:,}, D = {dim}) against the standard deviation of the scores; in brackets\n"
-    )
-    show(title + "the proven bound. *: negative weights, nan: no result", "scores", heads, rows)
+    title = f"Relative error of Z (L = {length:,}, D = {dim}) against the standard deviation of the scores; in brackets"
+    show(f"{title}\nthe proven bound. *: negative weights, nan: no result", ["scores", *heads], rows)
 
     num_terms, curves = 3 if 3 in args.terms else args.terms[0], []
     for dim in args.dims:
         points = measure_times(args.lengths, dim, num_terms, dtype, device)
         curves.append({"dim": dim, "num_terms": num_terms, "points": points})
         rows = [[f"{p['length']:,}", *(f"{p['ms'][name]:.2f}" for name in (SOFTMAX, TAYLOR))] for p in points]
-        show(f"Milliseconds of a forward pass, D = {dim}, K = {num_terms}", "L", [SOFTMAX, TAYLOR], rows)
+        show(f"Milliseconds of a forward pass, D = {dim}, K = {num_terms}", ["L", SOFTMAX, TAYLOR], rows)
         slower = max((p["length"] for p in points if p["ms"][TAYLOR] >= p["ms"][SOFTMAX]), default=0)
         if slower == args.lengths[-1]:
             print(f"These lengths are too short: Taylor attention is not faster up to L = {slower:,}.")
