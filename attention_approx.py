@@ -434,7 +434,7 @@ def taylor_attention(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     x = _prepare(q, k, v, scale, causal, key_mask, center)
     with torch.autocast(q.device.type, enabled=False):  # sums need the precision
-        negative = _negative_weights(x, num_terms)
+        negative = _negative_weights(x, num_terms) if num_terms % 2 == 0 else 0.0
         if method == "features" or (method == "auto" and _features_are_faster(x, num_terms)):
             if causal:
                 sums = _causal_sums(x.q, x.k, x.w, num_terms)
@@ -473,7 +473,7 @@ class _Inputs(NamedTuple):
     q: Tensor  # [N, D, Lq], times scale
     k: Tensor  # [N, D, Lk], 0 where masked
     w: Tensor  # [N, E + 1, Lk]: the values, and ones below them for the denominator; 0 where masked
-    counts: Tensor  # [N, Lq or 1], float: how many keys each query sees
+    counts: Tensor  # [N or 1, Lq or 1], float: how many keys each query sees
     last_seen: Tensor | None  # [Lq]: the last key that each query sees under causal attention
     batch: torch.Size  # the leading dimensions
     dtype: torch.dtype  # of the result
@@ -488,14 +488,15 @@ def _prepare(q, k, v, scale=1.0, causal=False, key_mask=None, center=False) -> _
     w = torch.cat([values.mT, values.new_ones(values.shape[0], values.shape[2], 1)], -1).mT
     if scale != 1:
         queries = queries * float(scale)
-    if key_mask is not None:  # NaN in a masked key must not matter either
-        dropped = ~key_mask.to(k.device).expand(*batch, k.shape[-2]).reshape(batch.numel(), 1, k.shape[-2])
-        keys, w = keys.masked_fill(dropped, 0), w.masked_fill(dropped, 0)
-    seen = w[:, -1].detach()  # [N, Lk], 1 or 0
+    seen = keys.new_ones(1, k.shape[-2])  # [N or 1, Lk]
+    if key_mask is not None:
+        keep = key_mask.to(k.device).expand(*batch, k.shape[-2]).reshape(batch.numel(), k.shape[-2])
+        keys, w = (x.masked_fill(~keep[:, None], 0) for x in (keys, w))  # NaN in a masked key must not matter either
+        seen = keep.to(accumulate)
     last_seen = torch.arange(q.shape[-2], device=q.device).clamp(max=k.shape[-2] - 1) if causal else None
     counts = seen.cumsum(-1)[:, last_seen] if causal else seen.sum(-1, keepdim=True)
     if center:
-        keys = (keys - keys.sum(-1, keepdim=True) / counts[:, None]) * seen[:, None]
+        keys = (keys - keys.sum(-1, keepdim=True) / counts[:, None]).masked_fill(seen[:, None] == 0, 0)
     return _Inputs(queries, keys, w, counts, last_seen, batch, q.dtype)
 
 
@@ -539,8 +540,9 @@ def _check_arguments(q, k, v, scale, causal, key_mask, center) -> torch.Size:
         raise ValueError(f"q and k must be of one width, at least 1: {shapes}")
     if k.shape[-2] != v.shape[-2] or k.shape[-2] == 0:
         raise ValueError(f"k and v must be of one length, at least 1: {shapes}")
+    leading = {x.shape[:-2] for x in (q, k, v)}
     try:
-        batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        batch = leading.pop() if len(leading) == 1 else torch.broadcast_shapes(*leading)  # which takes its time
     except RuntimeError:
         raise ValueError(f"the leading dimensions do not fit together: {shapes}") from None
     _check_scale(scale)
@@ -627,12 +629,12 @@ def _negative_root(num_terms: int) -> float:
 
 @torch.no_grad()
 def _negative_weights(x: _Inputs, num_terms: int) -> Tensor | float:
-    """Warn of weights below zero, counted among all pairs unless |q||k| rules them out.
+    """For even K: warn of weights below zero, counted among all pairs unless |q||k| rules them out.
 
     Returns the mean of their absolute values over all keys that a query sees, [N, Lq].
     """
     root = _negative_root(num_terms)
-    if num_terms % 2 or not (_norms(x.q) * _norms(x.k).amax(-1, keepdim=True) > -root).any():
+    if not (_norms(x.q) * _norms(x.k).amax(-1, keepdim=True) > -root).any():
         return 0.0
     side, count, sums = max(1, 2**22 // x.k[:, 0].numel()), 0, []
     for first in range(0, x.q.shape[2], side):
