@@ -253,7 +253,7 @@ def _token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Tensor:
     layout = _layout(x.shape[1], num_terms)
     gradient = torch.zeros_like(x)
     for tile, buffer in _tiles(x, 2 * layout.num_lower + layout.num_top):
-        (_, lower), *_ = _features(x[tile], layout._replace(top=[]), buffer)
+        (_, lower), *_ = _features(x[tile], layout._replace(top=[]), buffer)  # the top degree is not needed
         columns = s[tile[0]].mT
         grad, of_top = buffer[:, layout.num_lower :].tensor_split((layout.num_lower,), 1)
         torch.bmm(columns[:, : layout.num_lower], w[tile], out=grad)
@@ -351,15 +351,14 @@ def _pair_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int, causal: bool = F
     if len(q) > sequences:
         parts = zip(*(x.split(sequences) for x in (q, k, w)), strict=True)
         return torch.cat([_pair_sums(*part, num_terms, causal) for part in parts])
-    side = max(8, most_pairs // num_keys)
-    sums = []
+
+    def attend(q: Tensor, k: Tensor, w: Tensor, first: int) -> Tensor:
+        weights = exp_series(k.mT @ q, num_terms)  # [N, keys, queries]
+        return w @ (weights.triu_(-first) if causal else weights)  # causal: the keys up to first + query
+
+    side, sums = max(8, most_pairs // num_keys), []
     for i, q_tile in enumerate(q.split(side, -1)):
-
-        def tile(q: Tensor, k: Tensor, w: Tensor, first: int = i * side) -> Tensor:
-            weights = exp_series(k.mT @ q, num_terms)  # [N, keys, queries]
-            return w @ (weights.triu_(-first) if causal else weights)  # causal: the keys up to first + query
-
-        seen = slice((i + 1) * side) if causal else slice(None)
+        tile, seen = partial(attend, first=i * side), slice((i + 1) * side if causal else None)
         sums.append(_Recomputed.apply(tile, _gradients_of(tile), q_tile, k[..., seen], w[..., seen]))
     return torch.cat(sums, -1)
 
@@ -373,9 +372,9 @@ CAUSAL_CHUNK = 1024  # tokens; on a GPU eight times as many, since it has work f
 def _causal_sums(q: Tensor, k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """sum_{j <= i} P_K(q_i·k_j) w_j: q [N, D, Lq], k [N, D, Lk], w [N, E, Lk] -> [N, E, Lq]."""
     size = CAUSAL_CHUNK if q.device.type == "cpu" else 8 * CAUSAL_CHUNK
-    q_chunks, k_chunks, w_chunks = (x.split(size, -1) for x in (q, k, w))
+    q_chunks, *key_chunks = (x.split(size, -1) for x in (q, k, w))
     no_keys = k[..., :0], w[..., :0]  # beside the queries that come after the last key
-    key_chunks = itertools.chain(zip(k_chunks, w_chunks, strict=True), itertools.repeat(no_keys))
+    key_chunks = itertools.chain(zip(*key_chunks, strict=True), itertools.repeat(no_keys))
     sums, before = [], None
     for i, (q_chunk, (k_chunk, w_chunk)) in enumerate(zip(q_chunks, key_chunks, strict=False)):
         sums.append(_pair_sums(q_chunk, k_chunk, w_chunk, num_terms, causal=True))
