@@ -27,7 +27,7 @@ from runs import InputError, Parser, number, run_script
 
 @dataclass(frozen=True)
 class Config:
-    """What determines a run's numbers, together with the data. Raises TypeError for values of another type."""
+    """What determines a run's numbers, together with the data. Raises TypeError, ValueError for what cannot be."""
 
     recipe: str
     optimizer: str
@@ -43,6 +43,8 @@ class Config:
         for field in fields(self):  # a checkpoint may hold anything
             if not isinstance(getattr(self, field.name), (float, int) if field.type is float else field.type):
                 raise TypeError(f"{field.name} must be {field.type.__name__}, not {getattr(self, field.name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
 # What a flag is where it is not given: as the course states it, and what a practitioner would do.
@@ -58,7 +60,7 @@ WEIGHTS = Path(__file__).with_name("weights") / "q2-strong-phantoms.safetensors"
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, "hw2-q2.py")
-    add, rate = parser.add_argument, number(float, 0, low_fits=False)
+    add, rate = parser.add_argument, number(float, 0, 1e30, low_fits=False)
 
     add("-data", default="auto", help="auto (default), octmnist, phantom, an .npz, or a folder of class folders")
     add("-data_dir", type=Path, default=Path("data"), help="where OCTMNIST lies or is saved (default: data)")
@@ -68,7 +70,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("-epochs", type=number(int, 1), help="default: 15 (strong: 10)")
     add("-batch_size", type=number(int, 1, 2**20), help="default: 8 (strong: 64)")
     add("-learning_rate", type=rate, help="default: 0.01 (strong: 0.003)")
-    add("-l2_decay", type=number(float, 0), help="weight decay; default: 0 (strong: 0.05)")
+    add("-l2_decay", type=number(float, 0, 1e30), help="weight decay; default: 0 (strong: 0.05)")
     add("-dropout", type=number(float, 0, 1), help="default: 0.7 (strong: 0.3)")
     add("-optimizer", choices=("sgd", "adam", "adamw"), help="default: sgd (strong: adamw)")
     add("-seed", type=number(int, 0, 2**32), help="default: 42")
@@ -79,13 +81,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("-resume", action="store_true", help="go on with the stopped run or grid of the same settings")
 
     add("-grid", action="store_true", help="the whole question: all rates and seeds, then no_maxpool")
-    add("-seeds", type=number(int, 0, 2**32), nargs="+", default=[42, 43, 44], help="of a grid (default: 42 43 44)")
-    add("-jobs", type=number(int, 1, 1025), default=2, help="processes of a grid (default: 2)")
+    add("-seeds", type=number(int, 0, 2**32), nargs="+", help="of a grid (default: 42 43 44)")
+    add("-jobs", type=number(int, 1, 1025), help="processes of a grid (default: 2)")
 
-    add("-predict", type=Path, nargs="+", metavar="IMAGE", help="classify image files with -checkpoint")
-    add("-evaluate", action="store_true", help="score the networks of -checkpoint on -data")
+    add("-predict", type=Path, nargs="+", metavar="IMAGE", help="classify image files")
+    add("-evaluate", action="store_true", help="score networks on the scans of -data that they were not trained on")
     add("-export", type=Path, metavar="FILE", help="save the network of -checkpoint as safetensors, which run no code")
-    add("-checkpoint", type=Path, nargs="+", help="best.pt of one run or several (default: the network in weights/)")
+    add("-checkpoint", type=Path, nargs="+", help="best.pt, for these three (default: the network in weights/)")
     add("-draw", type=Path, nargs="+", metavar="RECORD", help="draw a record.json or grid.json again, into -out")
 
     args = parser.parse_args(arguments)
@@ -101,22 +103,30 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for flag, path in (("-out", args.out if args.evaluate else None), ("-export", args.export)):
         if path and path.exists():
             parser.error(f"{flag} {path}: is there already; choose another name")
+    if (args.seeds or args.jobs) and not args.grid:
+        parser.error("-seeds and -jobs go with -grid")
+    if args.export and args.export.suffix != ".safetensors":
+        parser.error(f"-export {args.export}: must end in .safetensors")
+    args.seeds, args.jobs, args.checkpoint = args.seeds or [42, 43, 44], args.jobs or 2, args.checkpoint or [WEIGHTS]
     if len(set(args.seeds)) < len(args.seeds):
         parser.error("-seeds: every seed once")
-    args.checkpoint = args.checkpoint or [WEIGHTS]
     return args
 
 
 if __name__ == "__main__":
     parse_arguments(None)  # -h and mistakes are answered now: PyTorch takes seconds to import
 
+import contextlib
 import copy
+import io
+import json
 import math
 import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
 from functools import partial
+from typing import TextIO
 
 import joblib
 import numpy as np
@@ -221,8 +231,8 @@ def get_number_trainable_params(model: nn.Module) -> int:
 class PlainSGD:
     """Gradient descent without momentum: p <- p - learning_rate * (gradient + l2_decay * p).
 
-    The parameters of torch.optim.SGD, bit for bit (a test compares them), without its bookkeeping, which costs 6 %
-    of a step of the homework's network at batch size 8.
+    The parameters of torch.optim.SGD, bit for bit (a test compares them), without its bookkeeping: that costs 6 % of a
+    step at batch size 8, half of what this loop gains over the course's (benchmarks/bench_q2.py).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
@@ -307,7 +317,7 @@ def train_epoch(model, optimizer, images, labels, config, epoch=0, average=None,
     model.train()
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1) if strong else nn.NLLLoss()
     order = balanced_order(labels.cpu()) if strong else shuffled_order(len(labels))
-    steps_an_epoch, networks, seen, loss_sum = math.ceil(len(labels) / size), {}, 0, 0.0
+    steps_an_epoch, networks, num_done, loss_sum = math.ceil(len(labels) / size), {}, 0, 0.0
     step = epoch * steps_an_epoch
     for chunk in order.to(images.device).split(CHUNK * size):
         inputs = images[chunk].div(256).unsqueeze(1)  # [chunk, 1, 28, 28]; the course divides by 256, not 255
@@ -329,10 +339,10 @@ def train_epoch(model, optimizer, images, labels, config, epoch=0, average=None,
                 average.update_parameters(model)
             step += 1
         loss_sum += sum(loss * len(y) for loss, (_, y) in zip(torch.stack(losses).tolist(), batches, strict=True))
-        seen += len(chunk)
+        num_done += len(chunk)
         if progress is not None:
             progress.update(len(batches))
-            progress.set_postfix(epoch=epoch + 1, loss=f"{loss_sum / seen:.3f}")
+            progress.set_postfix(epoch=epoch + 1, loss=f"{loss_sum / num_done:.3f}")
     return loss_sum / len(labels)
 
 
@@ -403,6 +413,11 @@ def identity(config: Config, data: OctData) -> dict:
     return {"config": asdict(config), "dataset": data.description}
 
 
+def trained_on_digests(data: OctData) -> Tensor:
+    """Which scans a network was trained or chosen on, uint8 [N, 5], so that it is never scored on them."""
+    return torch.from_numpy(np.concatenate([utils.scan_digests(data.splits[split][0]) for split in ("train", "val")]))
+
+
 def best_epoch(history: list[dict], recipe: str) -> dict:
     """The epoch with the highest validation metric (the recipe's), among equals the lowest loss."""
     return max(history, key=lambda epoch: (epoch[f"val_{CHOOSE_BY[recipe]}"], -epoch["val_loss"]))
@@ -416,15 +431,21 @@ def train(
     With `resume` it goes on from last.pt, or reads a run that is finished. Raises InputError for a folder that holds
     anything else, Diverged where losses or outputs are no numbers any more.
     """
-    make, best = partial(fit, config, data, folder, device, verbose, build), folder / "best.pt"
-    path, wanted = folder / "record.json", identity(config, data)
-    record, was_there = runs.do_once(path, resume, wanted, make, is_whole=lambda _: best.exists())
+
+    def is_whole(record: dict) -> bool:
+        print_outcome(record, folder, to=io.StringIO())  # raises where a score is missing or no number
+        with contextlib.suppress(InputError):  # a best.pt that is lost or damaged can be made again from last.pt
+            return bool(runs.load_checkpoint(folder / "best.pt", {"network"}))
+        return False
+
+    make, wanted = partial(train_locked, config, data, folder, device, verbose, build), identity(config, data)
+    record, was_there = runs.do_once(folder / "record.json", resume, wanted, make, is_whole)
     if was_there and verbose:
         print(f"{folder} holds this run, finished")
     return record
 
 
-def fit(config: Config, data: OctData, folder: Path, device: torch.device, verbose: bool, build) -> dict:
+def train_locked(config: Config, data: OctData, folder: Path, device: torch.device, verbose: bool, build) -> dict:
     """`train` in a folder that is locked: from the start, or from last.pt where that is."""
     utils.set_seed(config.seed)
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
@@ -435,7 +456,7 @@ def fit(config: Config, data: OctData, folder: Path, device: torch.device, verbo
         state, network = state | {"average": average}, average.module
     state["network"] = best = copy.deepcopy(network)  # as after the best epoch so far
 
-    history, seconds, last = [], 0.0, folder / "last.pt"
+    history, seconds, last, digests = [], 0.0, folder / "last.pt", trained_on_digests(data)
     if last.exists():
         history, seconds = go_back_to(last, state, identity(config, data), device)
     steps = math.ceil(len(splits["train"][1]) / config.batch_size)
@@ -457,6 +478,7 @@ def fit(config: Config, data: OctData, folder: Path, device: torch.device, verbo
                 best.load_state_dict(network.state_dict())
             content = identity(config, data) | {name: part.state_dict() for name, part in state.items()}
             content |= {"history": history, "seconds": seconds, "random": utils.random_state(device)}
+            content |= {"trained_on_digests": digests}
             runs.save_checkpoint(last, content)
 
     record = identity(config, data) | {
@@ -480,9 +502,9 @@ def test_and_save(best: nn.Module, record: dict, data: OctData, folder: Path, de
     if data.name == "OCTMNIST":
         subset = course_test_subset(labels)
         record["test_course_subset"] = score(probabilities[subset], labels[subset])
-    seen = np.concatenate([utils.scan_digests(data.splits[split][0]) for split in ("train", "val")])
-    about = {key: record[key] for key in ("config", "dataset", "best_epoch")} | {"seen": torch.from_numpy(seen)}
-    runs.save_checkpoint(folder / "best.pt", about | {"network": best.state_dict()})
+    content = {"config": record["config"], "dataset": record["dataset"], "best_epoch": record["best_epoch"]}
+    content |= {"network": best.state_dict(), "trained_on_digests": trained_on_digests(data)}
+    runs.save_checkpoint(folder / "best.pt", content)
     draw_run(record, folder)
     plot_predictions(record, images, labels, probabilities, folder / "predictions")
     runs.write_json(folder / "record.json", record)  # last: a folder with a record is a finished run
@@ -495,9 +517,10 @@ def go_back_to(path: Path, state: dict, wanted: dict, device: torch.device) -> t
     Raises InputError if it is damaged, or of another run than the `identity` that is wanted.
     """
     content = runs.load_checkpoint(path, {"config", "dataset", "history", "seconds", "random"})
-    runs.check_identity(path, content, wanted)
     with runs.reading(path, "a checkpoint of hw2-q2.py"):
+        runs.check_identity(path, content, wanted)
         history, config = content["history"], wanted["config"]
+        json.dumps([history, content["seconds"]], allow_nan=False)  # raises for what no record can hold
         best_epoch(history, config["recipe"])  # raises for a history that is empty or lacks something
         if [epoch["epoch"] for epoch in history] != list(range(1, len(history) + 1)) or len(history) > config["epochs"]:
             raise ValueError("its epochs do not follow each other")
@@ -523,19 +546,20 @@ def run_grid(
     """
 
     def is_whole(record: dict) -> bool:
+        print_grid(record, to=io.StringIO())  # raises where a part is missing or of another type
         files = [folder / file for row in record["settings"] for file in row["runs"]]
-        return all(file.with_name("best.pt").exists() for file in files)
+        return bool(files) and all(file.with_name("best.pt").exists() for file in files)
 
     shared = {name: value for name, value in asdict(config).items() if name not in VARIED}
     wanted = {"config": shared, "seeds": seeds, "dataset": data.description}
-    make = partial(fit_grid, config, wanted, data, folder, device, jobs, resume)
+    make = partial(run_grid_locked, config, wanted, data, folder, device, jobs, resume)
     record, was_there = runs.do_once(folder / "grid.json", resume, wanted, make, is_whole)
     if was_there:
         print(f"{folder} holds this grid, finished")
     return record
 
 
-def fit_grid(base: Config, about: dict, data: OctData, folder: Path, device, jobs: int, resume: bool) -> dict:
+def run_grid_locked(base: Config, about: dict, data: OctData, folder: Path, device, jobs: int, resume: bool) -> dict:
     """`run_grid` in a folder that is locked; `about` begins the record."""
     started, begun_before, threads = time.perf_counter(), any(folder.glob("*/last.pt")), torch.get_num_threads()
     rates, metric, seeds, done = GRID_RATES[base.recipe], CHOOSE_BY[base.recipe], about["seeds"], []
@@ -555,7 +579,7 @@ def fit_grid(base: Config, about: dict, data: OctData, folder: Path, device, job
 
     try:
         train_all(rates, no_maxpool=False)
-        chosen = best_rate(done)
+        chosen = best_rate(done, base.recipe)
         train_all([chosen], no_maxpool=True)
     except BrokenExecutor:
         advice = "add -resume to go on, with fewer -jobs if memory is short"
@@ -586,14 +610,17 @@ def train_in_grid(
         return config, None
 
 
-def best_rate(done: list[GridRun]) -> float:
-    """The learning rate with the highest mean of the best validation metrics, among the runs with pooling."""
-    scores: dict[float, list[float]] = {}
-    for config, record in done:
-        if not config.no_maxpool:
-            score = record["val"][CHOOSE_BY[config.recipe]] if record else -math.inf
-            scores.setdefault(config.learning_rate, []).append(score)
-    return max(scores, key=lambda rate: float(np.mean(scores[rate])))
+def best_rate(done: list[GridRun], recipe: str) -> float:
+    """The learning rate with the highest mean of the best validation metrics, among equals the first of GRID_RATES.
+
+    Only the runs with pooling count; one that diverged has the metric -inf.
+    """
+
+    def mean_metric(rate: float) -> float:
+        group = [record for config, record in done if (config.no_maxpool, config.learning_rate) == (False, rate)]
+        return float(np.mean([record["val"][CHOOSE_BY[recipe]] if record else -math.inf for record in group]))
+
+    return max(GRID_RATES[recipe], key=mean_metric)
 
 
 def summarise_setting(done: list[GridRun], no_maxpool: bool, rate: float) -> dict:
@@ -620,7 +647,7 @@ def shown(value: dict) -> str:
     return f"{value['mean']:.4f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
 
 
-def print_grid(record: dict) -> None:
+def print_grid(record: dict, to: TextIO | None = None) -> None:
     dataset, rows = record["dataset"], []
     for row in record["settings"]:
         names = ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_macro_auc")
@@ -629,8 +656,8 @@ def print_grid(record: dict) -> None:
         cells = [shown(row[name]) if name in row else "n/a" for name in names]
         rows.append([row["network"], f"{row['learning_rate']:g}", *cells, remark])
     headers = ["network", "rate", "val acc", "test acc", "test balanced", "test AUC", ""]
-    print(f"\n{dataset['name']} ({dataset['kind']}), seeds {record['seeds']}, mean ± standard deviation")
-    print(tabulate(rows, headers, disable_numparse=True, colalign=["left", *["right"] * 5, "left"]))
+    print(f"\n{dataset['name']} ({dataset['kind']}), seeds {record['seeds']}, mean ± standard deviation", file=to)
+    print(tabulate(rows, headers, disable_numparse=True, colalign=["left", *["right"] * 5, "left"]), file=to)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -772,21 +799,21 @@ def load_network(
 
     Raises InputError if it is damaged or not finite, or is not of the `recipe` or `no_maxpool` asked for.
     """
-    if path.suffix == ".safetensors":
-        tensors, content = runs.load_weights(path)
-        seen = tensors.pop("seen", torch.zeros(0, 5, dtype=torch.uint8))
-        content |= {"network": tensors, "seen": seen}
-    else:
-        content = {"seen": torch.zeros(0, 5, dtype=torch.uint8)}
-        content |= runs.load_checkpoint(path, {"config", "dataset", "network"})
     with runs.reading(path, "a network of hw2-q2.py"):
-        config = Config(**content["config"])
+        if path.suffix == ".safetensors":
+            tensors, content = runs.load_weights(path)
+            content |= {"trained_on_digests": tensors.pop("trained_on_digests"), "network": tensors}
+        else:
+            content = runs.load_checkpoint(path, {"config", "dataset", "network", "trained_on_digests"})
+        config, digests = Config(**content["config"]), content["trained_on_digests"]
         model = build_network(config).to(device)
         model.load_state_dict(content["network"])
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise ValueError("some of its weights are no numbers")
-        if not {"name", "kind"} <= set(content["dataset"]) or content["seen"].shape[1:] != (5,):
-            raise ValueError("what it was trained on is missing")
+        if digests.dtype != torch.uint8 or digests.shape != (len(digests), 5) or not len(digests):
+            raise ValueError("it does not tell which scans it was trained on")
+        if not all(isinstance(content["dataset"][key], str) for key in ("name", "kind")):
+            raise TypeError("it does not tell what it was trained on")
     for flag, wanted in (("recipe", recipe), ("no_maxpool", no_maxpool)):
         if wanted is not None and wanted != (found := getattr(config, flag)):
             raise InputError(f"{path}: holds a network with {flag} {found}, not {wanted}: leave -{flag} away")
@@ -797,7 +824,7 @@ def export(path: Path, checkpoint: Path) -> None:
     """Save the network of a checkpoint as safetensors, with what it was trained on."""
     _, content = load_network(checkpoint, torch.device("cpu"))
     about = {key: value for key, value in content.items() if key in ("config", "dataset", "best_epoch")}
-    runs.save_weights(path, content["network"] | {"seen": content["seen"]}, about)
+    runs.save_weights(path, content["network"] | {"trained_on_digests": content["trained_on_digests"]}, about)
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 
@@ -805,6 +832,8 @@ def predict_files(paths: list[Path], model: nn.Module, dataset: dict) -> None:
     """Print the four class probabilities of each image file."""
     scans = np.stack([utils.prepare_scan(path) for path in paths])
     probabilities = predict(model, torch.from_numpy(scans).to(next(model.parameters()).device))
+    if not np.isfinite(probabilities).all():
+        raise InputError("the network's outputs are no numbers: its weights are too large, or damaged")
     print(f"network trained on {dataset['name']} ({dataset['kind']}); a homework exercise, no medical device")
     rows = [
         [str(path), *(f"{p:.4f}" for p in row), SHORT_NAMES[row.argmax()]]
@@ -820,28 +849,30 @@ def evaluate_networks(networks: dict[Path, tuple[nn.Module, dict]], data: OctDat
     `test` is its test split. `all` are all its scans, and is there only where the networks were trained on phantoms
     and the scans are real: other scans may be of the patients that a network was trained on. Raises InputError.
     """
-    started, trained_on = time.perf_counter(), [content["dataset"] for _, content in networks.values()]
-    seen = np.concatenate([content["seen"].numpy() for _, content in networks.values()])
-    record = {"dataset": data.description, "trained_on": trained_on[0], "checkpoints": list(map(str, networks))}
-    parts = {"test": data.splits["test"]}
-    if data.kind == "real" and all(dataset["kind"] == "phantom" for dataset in trained_on):
-        parts["all"] = tuple(np.concatenate(arrays) for arrays in zip(*data.splits.values(), strict=True))
-    for part, (images, labels) in parts.items():
-        new = ~utils.are_among(utils.scan_digests(images), seen)
-        if not new.all():
-            print(
-                f"{data.name}, {part}: {(~new).sum()} of {len(new)} scans left out, the networks were trained on them"
-            )
-        if not new.any():
+    started, contents = time.perf_counter(), [content for _, content in networks.values()]
+    kinds = [(content["config"] | {"seed": None}, content["dataset"]) for content in contents]
+    if any(kind != kinds[0] for kind in kinds):
+        raise InputError("-checkpoint: networks of other settings, or trained on other data, have no common mean")
+    digests = np.concatenate([content["trained_on_digests"].numpy() for content in contents])
+    trained_on = contents[0]["dataset"]
+    record = {"dataset": data.description, "trained_on": trained_on, "checkpoints": list(map(str, networks))}
+    splits = {"test": data.splits["test"]}
+    if data.kind == "real" and trained_on["kind"] == "phantom":
+        splits["all"] = tuple(np.concatenate(arrays) for arrays in zip(*data.splits.values(), strict=True))
+    for part, (images, labels) in splits.items():
+        unseen = ~utils.are_among(utils.scan_digests(images), digests)
+        if not unseen.all():
+            left_out = f"{len(unseen) - unseen.sum()} of {len(unseen)} scans left out"
+            print(f"{data.name}, {part}: {left_out}, the networks were trained on them")
+        if not unseen.any():
             raise InputError(f"{data.name}: no {part} scan is left to score these networks on")
-        scores = [
-            score(predict(m, torch.from_numpy(images[new]).to(device)), labels[new]) for m, _ in networks.values()
-        ]
+        images, labels = torch.from_numpy(images[unseen]).to(device), labels[unseen]
+        scores = [score(predict(model, images), labels) for model, _ in networks.values()]
         record[part] = {"runs": scores}
         for metric in ("accuracy", "balanced_accuracy", "macro_auc"):
             if None not in (values := [one[metric] for one in scores]):
                 record[part][metric] = runs.mean_and_std(values)
-                print(f"{data.name}, {part} ({new.sum()} scans): {metric} {shown(record[part][metric])}")
+                print(f"{data.name}, {part} ({len(labels)} scans): {metric} {shown(record[part][metric])}")
     return record | {"seconds": round(time.perf_counter() - started, 2), **runs.run_environment(device)}
 
 
@@ -864,23 +895,24 @@ def run_name(config: Config) -> str:
     )
 
 
-def print_outcome(record: dict, folder: Path) -> None:
+def print_outcome(record: dict, folder: Path, to: TextIO | None = None) -> None:
     dataset, val, test = record["dataset"], record["val"], record["test"]
     for part in ("test", "test_course_subset"):
         if metrics := record.get(part):
             about = f"{dataset['kind']}, {metrics['num_examples']} scans, epoch {record['best_epoch']}"
             auc = "n/a" if metrics["macro_auc"] is None else f"{metrics['macro_auc']:.4f}"
             scores = f"accuracy {metrics['accuracy']:.4f}, balanced {metrics['balanced_accuracy']:.4f}, AUC {auc}"
-            print(f"{part.replace('_', ' ')} ({about}): {scores}")
+            print(f"{part.replace('_', ' ')} ({about}): {scores}", file=to)
     val_shares, test_shares = (np.array(c) / sum(c) for c in map(dataset["counts"].get, ("val", "test")))
     most = np.abs(val_shares - test_shares).argmax()
     if abs(val_shares[most] - test_shares[most]) > 0.1:
         print(
             f"validation and test mix the classes differently ({val_shares[most]:.0%} and {test_shares[most]:.0%} "
             f"{SHORT_NAMES[most]}): compare balanced accuracy ({val['balanced_accuracy']:.2f} and "
-            f"{test['balanced_accuracy']:.2f}), not accuracy ({val['accuracy']:.2f} and {test['accuracy']:.2f})"
+            f"{test['balanced_accuracy']:.2f}), not accuracy ({val['accuracy']:.2f} and {test['accuracy']:.2f})",
+            file=to,
         )
-    print(f"{record['num_parameters']:,} parameters, {record['seconds']:.0f} s; see {folder}")
+    print(f"{record['num_parameters']:,} parameters, {record['seconds']:.0f} s; see {folder}", file=to)
 
 
 def train_run_or_grid(args: argparse.Namespace, data: OctData, device: torch.device) -> None:
@@ -892,9 +924,7 @@ def train_run_or_grid(args: argparse.Namespace, data: OctData, device: torch.dev
     if args.grid:
         print_grid(run_grid(config, args.seeds, data, folder, device, args.jobs, args.resume))
     else:
-        record = train(config, data, folder, device, args.resume, verbose=True)
-        with runs.reading(folder / "record.json", "a record of hw2-q2.py"):
-            print_outcome(record, folder)
+        print_outcome(train(config, data, folder, device, args.resume, verbose=True), folder)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -909,6 +939,8 @@ def run(args: argparse.Namespace) -> None:
         model, content = load_network(args.checkpoint[0], device, args.recipe, args.no_maxpool)
         predict_files(args.predict, model, content["dataset"])
     elif args.evaluate:
+        if len({path.resolve() for path in args.checkpoint}) < len(args.checkpoint):
+            raise InputError("-checkpoint: every network once")
         networks = {path: load_network(path, device, args.recipe, args.no_maxpool) for path in args.checkpoint}
         record = evaluate_networks(networks, utils.load_oct(args.data, args.data_dir), device)
         if args.out:

@@ -80,7 +80,7 @@ def run_script(name: str, parse: Callable, run: Callable, arguments: list[str] |
     Returns the exit status: 0, 2 for input that cannot be used (after one line on stderr), 130 when interrupted.
     """
     for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None or getattr(sys, stream).closed:  # closed by whoever started us
+        if getattr(sys, stream) is None or getattr(getattr(sys, stream), "closed", False):  # by whoever started us
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 (open to the end)
         with contextlib.suppress(AttributeError):  # Jupyter's streams cannot be reconfigured, and need not be
             getattr(sys, stream).reconfigure(errors="backslashreplace")  # an odd terminal must not stop a run
@@ -121,6 +121,8 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # a full disk does not say which file it has no place for
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -133,26 +135,38 @@ def write_json(path: Path, record: dict) -> None:
     write_whole(path, text.encode() + b"\n")
 
 
+OTHER_FILES = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # errors that no file gives when it is read
+
+
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever the content of a damaged or foreign file raises into an InputError that names the file."""
     try:
         yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{error.filename or path}: {error.strerror}") from None
     except Exception as error:  # zip, zlib, pickle, JSON, and our own look at values of any type and size
+        if isinstance(error, OSError) and (error.errno in OTHER_FILES or error.filename not in (None, str(path))):
+            raise  # it is about a file that is written meanwhile
         raise InputError(f"{path}: not {what}, or damaged ({type(error).__name__}: {one_line(error)})") from None
 
 
 def read_json(path: Path, what: str = "a record") -> dict:
     """A record from its file. Raises InputError where it cannot be read or is no JSON object."""
     with reading(path, what):
+        check_is_file(path)
         record = json.loads(path.read_bytes())
         if not isinstance(record, dict):
             raise TypeError(f"{type(record).__name__} instead of an object")
         return record
+
+
+def check_is_file(path: Path) -> None:
+    """Raises InputError for what is not there, a folder, or a pipe, on which a reader would wait."""
+    if not path.is_file():
+        raise InputError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -169,12 +183,13 @@ def load_checkpoint(path: Path, keys: set[str], what: str = "a checkpoint") -> d
     import torch
 
     with reading(path, what):
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
+        check_is_file(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # PyTorch does not compare the CRC-32 that it stores
                 raise ValueError("a checksum does not fit")
         content = torch.load(path, map_location="cpu", weights_only=True)  # data must not run code
+        if not isinstance(content, dict):
+            raise TypeError(f"{type(content).__name__} instead of a dictionary")
         if missing := keys - set(content):
             raise KeyError(", ".join(sorted(missing)))
         return content
@@ -194,13 +209,12 @@ def load_weights(path: Path, what: str = "a trained network") -> tuple[dict, dic
     import safetensors
 
     with reading(path, what):
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
+        check_is_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), dict(zip(file.keys(), map(file.get_tensor, file.keys()), strict=True))
         if metadata["sha256"] != checksum(tensors, metadata["about"]):
             raise ValueError("its checksum does not fit")
-        return tensors, json.loads(metadata["about"])
+        return tensors, dict(json.loads(metadata["about"]))
 
 
 def checksum(tensors: dict, text: str) -> str:
@@ -250,36 +264,44 @@ def do_once(
 
     Returns the record, and whether it was there before.
 
-    A run is finished if it has a record and `is_whole` says that nothing else of it is lost. A folder that holds files
-    is used only to `resume`, and only if a checkpoint or record is among them; one in which a run was killed before it
-    had written any counts as empty. Raises InputError for a record of another `identity` (its parts must agree).
+    A run is finished if it has a record, of which `is_whole` says that nothing else of the run is lost. A folder that
+    holds files is used only to `resume`, and only if a checkpoint or record is among them; one in which a run was
+    killed before it had written any counts as empty. Raises InputError for a record of another `identity`.
     """
     folder = path.parent
     files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    if others := {name for name in files if name != LOCK and not LEFTOVER.fullmatch(name)}:
+    others = {name for name in files if name != LOCK and not LEFTOVER.fullmatch(name)}
+    if others := {name for name in others if not (folder / name).is_dir() or any((folder / name).iterdir())}:
         if not resume:
             raise InputError(
                 f"{folder}: already holds files: choose another -out, or add -resume to go on with its run"
             )
-        if not any(True for name in ("last.pt", path.name, "*/last.pt", "*/.lock") for _ in folder.glob(name)):
-            raise InputError(f"{folder}: holds no run to go on with (but {min(others)}): choose another -out")
+        if not any(next(folder.glob(name), None) for name in ("last.pt", path.name, "*/last.pt", "*/.lock")):
+            raise InputError(
+                f"{folder}: holds no run to go on with (but {min(others)}): empty it or choose another -out"
+            )
     with lock_folder(folder):
         for name in files:
             if LEFTOVER.fullmatch(name):
                 (folder / name).unlink(missing_ok=True)
         if path.exists():
-            record = read_json(path)
+            try:
+                record = read_json(path)
+                with reading(path, "a record"):
+                    whole = is_whole(record)
+            except InputError as error:
+                raise InputError(f"{error}: delete it, and the same command with -resume makes it again") from None
             check_identity(path, record, identity)
-            with reading(path, "a record"):
-                if is_whole(record):
-                    return record, True
+            if whole:
+                return record, True
         return make(), False
 
 
 def check_identity(path: Path, found: dict, wanted: dict) -> None:
     """Raises InputError if a checkpoint or record is of another config or dataset."""
     if differing := [part for part in wanted if found.get(part) != wanted[part]]:
-        raise InputError(f"{path}: cannot resume, it holds a run with another {' and '.join(differing)}")
+        differing = " and ".join(differing)
+        raise InputError(f"{path}: cannot resume, it holds a run with another {differing}: choose another -out")
 
 
 def end_with(parent: int) -> None:

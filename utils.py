@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from offline_data import OCT_CLASSES, SPEECH_RATE
-from runs import InputError, one_line, read_json, reading, write_json, write_whole
+from runs import InputError, check_is_file, one_line, read_json, reading, write_json, write_whole
 
 # ---------------------------------------------------------------------------------------------------
 # Seeds and devices
@@ -170,6 +170,7 @@ OCTMNIST_URL = "https://zenodo.org/records/10519652/files/octmnist.npz?download=
 OCTMNIST_MD5 = "c68d92d5b585d8d81f7112f81e2d0842"
 SCAN_SIZE = 28  # pixels
 SPLITS = ("train", "val", "test")
+OCT_ARRAYS = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 CLASS_FOLDERS = ("CNV", "DME", "DRUSEN", "NORMAL")  # of the original OCT2017 scans, in OCTMNIST's label order
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # of each split, images uint8 [N, 28, 28] and labels int64 [N]
@@ -218,7 +219,7 @@ def load_oct(source: str = "auto", data_dir: Path | str = "data") -> OctData:
             f"(54.9 MB, MD5 {OCTMNIST_MD5}) and save it as {data_dir / 'octmnist.npz'}"
         )
     path = Path(source)
-    if path.is_dir():
+    if source and path.is_dir():
         return OctData(own_name(path.resolve().name), "real", read_oct_folder(path, data_dir))
     if path.is_file():
         name = "OCTMNIST" if file_checksum(path, "md5") == OCTMNIST_MD5 else own_name(path.stem)
@@ -265,16 +266,19 @@ def download_octmnist(data_dir: Path) -> Path | None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file. Raises InputError for one that is damaged or holds anything but plain arrays."""
-    with reading(path, "an .npz file"), np.load(path) as file:  # allow_pickle stays False: data must not run code
-        return dict(file)
+    """The arrays of OCTMNIST's layout in an .npz file; others are named. Raises InputError for a damaged file."""
+    with reading(path, "an .npz file"):
+        check_is_file(path)
+        with np.load(path) as file:  # allow_pickle stays False: data must not run code
+            if ignored := set(file.files) - set(OCT_ARRAYS):
+                print(f"{path}: ignored arrays: {', '.join(sorted(ignored))}")
+            return {name: np.asarray(file[name]) for name in file.files if name in OCT_ARRAYS}
 
 
 def check_oct_arrays(arrays: dict[str, np.ndarray], name: str) -> Splits:
     """Check the six arrays of OCTMNIST's layout and pair them by split. Raises InputError, naming the array.
 
-    Every class needs a scan to train and one to validate on. Says how many scans two splits share, and which arrays
-    are ignored.
+    Each class must occur in train and in val. Says how many scans two splits share.
     """
     splits = {}
     for split in SPLITS:
@@ -295,8 +299,6 @@ def check_oct_arrays(arrays: dict[str, np.ndarray], name: str) -> Splits:
             raise InputError(f"{name}: {split}_labels must lie in 0 to {len(OCT_CLASSES) - 1}, found {found}")
         splits[split] = images, labels.reshape(-1).astype(np.int64)
         check_classes(splits[split][1], split, name)
-    if ignored := set(arrays) - {f"{split}_{part}" for split in SPLITS for part in ("images", "labels")}:
-        print(f"{name}: ignored arrays: {', '.join(sorted(ignored))}")
     report_shared_scans(splits, name)
     return splits
 
@@ -304,7 +306,8 @@ def check_oct_arrays(arrays: dict[str, np.ndarray], name: str) -> Splits:
 def check_classes(labels: Sequence[int], split: str, name: str) -> None:
     """Raises InputError if a class has no scan to train or to validate on: its scores would mean nothing."""
     if split != "test" and (missing := [c for i, c in enumerate(OCT_CLASSES) if i not in set(labels)]):
-        raise InputError(f"{name}: the {split} split has no scan of {', '.join(missing)}")
+        where = "to train on" if split == "train" else "to validate on (those of one patient stay together)"
+        raise InputError(f"{name}: the {split} split has no scan of {', '.join(missing)} {where}")
 
 
 def scan_digests(images: np.ndarray) -> np.ndarray:
@@ -354,9 +357,11 @@ def prepare_scan(path: Path) -> np.ndarray:
 
 def to_8_bits(pixels: np.ndarray) -> np.ndarray:
     """Deep greys to uint8, from the smallest usual range that holds them: [0, 1], or 8, 10, 12, 14, 16 or 32 bits."""
-    ranges = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)))
-    white = next((white for white in ranges if pixels.max(initial=0) <= white), np.inf)
-    return (pixels.clip(0) * (255 / white)).round().astype(np.uint8)
+    if not (pixels >= 0).all() or pixels.max(initial=0) > 2**32:
+        raise ValueError("grey values that are negative, no numbers or above 32 bits")
+    ranges = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)), 2**32)
+    white = next(white for white in ranges if pixels.max(initial=0) <= white)
+    return (pixels * (255 / white)).round().astype(np.uint8)
 
 
 def read_oct_folder(folder: Path, data_dir: Path) -> Splits:
@@ -375,36 +380,32 @@ def read_oct_folder(folder: Path, data_dir: Path) -> Splits:
         if files[split]:  # said now, before minutes of work
             check_classes([label for _, label in files[split]], split, str(folder))
     prepared = data_dir / f"oct-folder-{fingerprint(folder, files)}.npz"
-    arrays = None
     if prepared.exists():
         try:
-            arrays = read_npz(prepared)
+            return check_oct_arrays(read_npz(prepared), str(folder))
         except InputError as error:
-            print(f"{error}: the scans are prepared again")
-    if arrays is None:
-        arrays = prepare_scans(files)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        try:
-            write_whole(prepared, buffer.getvalue())
-        except OSError as error:
-            print(f"the prepared scans cannot be kept and are made anew each time ({one_line(error)})")
+            print(f"{prepared}: {error}: the scans are prepared again")
+    arrays, buffer = prepare_scans(files), io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    try:
+        write_whole(prepared, buffer.getvalue())
+    except OSError as error:
+        print(f"the prepared scans cannot be kept and are made anew each time ({one_line(error)})")
     return check_oct_arrays(arrays, str(folder))
 
 
 def list_scans(folder: Path) -> dict[str, Scans]:
     """The image files of train, val and test/(CNV|DME|DRUSEN|NORMAL) with their labels, in sorted order.
 
-    Class folders may be in any case. All other files are ignored, and a line names and counts them.
+    These folders may be in any case. All other files are ignored, and a line names and counts them.
     """
     scans: dict[str, Scans] = {split: [] for split in SPLITS}
     ignored: Counter[str] = Counter()
-    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    for file in sorted(files):
+    for file in sorted(walk(folder)):
         *parents, name = file.relative_to(folder).parts
-        in_class = len(parents) == 2 and parents[0] in SPLITS and parents[1].upper() in CLASS_FOLDERS
+        in_class = len(parents) == 2 and parents[0].lower() in SPLITS and parents[1].upper() in CLASS_FOLDERS
         if in_class and file.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-            scans[parents[0]].append((file, CLASS_FOLDERS.index(parents[1].upper())))
+            scans[parents[0].lower()].append((file, CLASS_FOLDERS.index(parents[1].upper())))
         else:
             ignored["/".join([*parents, f"*{file.suffix}" if file.suffix else name])] += 1
     if ignored:
@@ -412,6 +413,19 @@ def list_scans(folder: Path) -> dict[str, Scans]:
         more = f" and {len(ignored) - 6} more kinds" if len(ignored) > 6 else ""
         print(f"{folder}: ignored {ignored.total()} files that are no scans in class folders: {listed}{more}")
     return scans
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder, through links to other folders, each folder once. Raises OSError for one kept shut."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = [name for name in folders if Path(parent, name).resolve() not in visited]
+        visited.update(Path(parent, name).resolve() for name in folders)
+        yield from (Path(parent, name) for name in names)
 
 
 def fingerprint(folder: Path, files: dict[str, Scans]) -> str:
@@ -455,7 +469,7 @@ def choose_validation(files: list[Path], images: np.ndarray, labels: np.ndarray,
     nodes = len(patients) + len(files)  # a graph of patients and pictures, with an edge for each scan
     edges = coo_array((np.ones(len(files)), (patient, len(patients) + picture.reshape(-1))), shape=(nodes, nodes))
     group_of_patient = connected_components(edges, directed=False)[1][: len(patients)]
-    order = np.argsort([hashlib.sha256(name.encode()).digest() for name in patients])
+    order = np.argsort([hashlib.sha256(os.fsencode(str(name))).digest() for name in patients])
     groups = list(dict.fromkeys(group_of_patient[order].tolist()))
     group = group_of_patient[patient]  # [N]
     chosen = groups[: max(1, round(fraction * len(groups)))]

@@ -266,6 +266,7 @@ LABELS = phantoms.oct_phantoms(203, 4, 4)["train_labels"]  # of small_arrays
             "val split is empty",
         ),
         ({"val_images": np.array([object()])}, "not an .npz file"),
+        ({"val_images": np.array("text")}, "val_images must be uint8"),
         ({"train_labels": np.where(LABELS == 2, 3, LABELS)}, "the train split has no scan of drusen"),
         ({"val_labels": np.zeros((60, 1), np.uint8)}, "the val split has no scan of diabetic macular edema, drusen"),
     ],
@@ -402,6 +403,15 @@ def test_deep_greys_are_scaled_by_their_range_not_clipped(tmp_path, bits):
     assert abs(int(scan[14, 14]) - 127) <= 1 and scan[0, 0] == 255
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 2.0**40])
+def test_greys_that_cannot_be_are_refused(tmp_path, value):
+    pixels = np.full((30, 30), 0.5, np.float32)
+    pixels[3, 4] = value
+    Image.fromarray(pixels).save(tmp_path / "deep.tif")
+    with pytest.raises(InputError, match=r"deep\.tif: not an image, or damaged .*grey values"):
+        utils.prepare_scan(tmp_path / "deep.tif")
+
+
 @needs_real_scans
 def test_the_preparation_gives_the_very_pixels_of_the_prepared_set():
     rows = [line.split(",") for line in (REAL_SCANS / "manifest.csv").read_text().splitlines()]
@@ -523,6 +533,24 @@ def test_the_usual_endings_of_jpegs_are_all_read(oct_folder, tmp_path):
     assert utils.load_oct(str(oct_folder), tmp_path / "data").description["counts"] == expected
 
 
+def test_links_that_lead_in_circles_are_followed_once(oct_folder, tmp_path):
+    expected = utils.load_oct(str(oct_folder), tmp_path / "data").description["counts"]
+    (oct_folder / "train" / "CNV").rename(tmp_path / "elsewhere")
+    (oct_folder / "train" / "CNV").symlink_to(tmp_path / "elsewhere")
+    for name in ("a", "b", "c"):
+        (oct_folder / name).symlink_to(oct_folder)
+    assert utils.load_oct(str(oct_folder), tmp_path / "data").description["counts"] == expected
+
+
+def test_names_in_another_case_or_encoding_are_read(oct_folder, tmp_path):
+    expected = sum(utils.load_oct(str(oct_folder), tmp_path / "data").description["counts"]["train"])
+    (oct_folder / "train").rename(oct_folder / "Train")
+    scan = next((oct_folder / "Train" / "DME").iterdir())
+    scan.rename(os.fsdecode(os.fsencode(scan.parent) + b"/\xff.jpeg"))
+    counts = utils.load_oct(str(oct_folder), tmp_path / "data").description["counts"]
+    assert abs(sum(counts["train"]) - expected) <= 6 and sum(counts["train"]) + sum(counts["val"]) == 144
+
+
 def test_a_class_without_a_validation_scan_is_refused(oct_folder, tmp_path):
     shutil.copytree(oct_folder / "test", oct_folder / "val")
     shutil.rmtree(oct_folder / "val" / "DME")
@@ -567,10 +595,10 @@ def test_scans_that_the_users_splits_share_are_counted(oct_folder, tmp_path, sma
     arrays = dict(small_arrays)
     for part in ("images", "labels"):
         arrays[f"val_{part}"] = np.concatenate([arrays[f"val_{part}"], arrays[f"train_{part}"][:7]])
-    np.savez(tmp_path / "shared.npz", **arrays, more_images=np.zeros(3))
+    np.savez(tmp_path / "shared.npz", **arrays, more_images=np.zeros(3), objects=np.array([object()]))
     utils.load_oct(str(tmp_path / "shared.npz"))
     out = capsys.readouterr().out
-    assert "7 of 67 val scans are in train as well" in out and "ignored arrays: more_images" in out
+    assert "7 of 67 val scans are in train as well" in out and "ignored arrays: more_images, objects" in out
     np.savez(tmp_path / "apart.npz", **small_arrays)
     utils.load_oct(str(tmp_path / "apart.npz"))
     assert capsys.readouterr().out == ""
@@ -580,7 +608,9 @@ def test_prepared_scans_that_are_damaged_are_prepared_again(oct_folder, tmp_path
     expected = utils.load_oct(str(oct_folder), tmp_path / "data").description
     (prepared,) = (tmp_path / "data").iterdir()
     whole = prepared.read_bytes()
-    for damaged in (b"", b"text", whole[:-100], whole[:3000] + bytes(500) + whole[3500:]):
+    foreign = io.BytesIO()
+    np.savez(foreign, x=np.zeros(3))
+    for damaged in (b"", b"text", whole[:-100], whole[:3000] + bytes(500) + whole[3500:], foreign.getvalue()):
         prepared.write_bytes(damaged)
         assert utils.load_oct(str(oct_folder), tmp_path / "data").description == expected
         assert "prepared again" in capsys.readouterr().out and prepared.read_bytes() == whole

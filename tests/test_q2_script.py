@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import resource
@@ -326,6 +327,12 @@ def test_the_no_maxpool_runs_follow_the_chosen_rate(q2, tmp_path, monkeypatch, s
     assert [row["diverged"] for row in record["settings"]] == [int(diverging == 0.1), 0, 0, 0]
 
 
+def test_among_equal_rates_the_first_is_chosen_whichever_run_ends_first(q2):
+    configs = [dataclasses.replace(q2.RECIPES["homework"], learning_rate=rate) for rate in (0.001, 0.01, 0.1)]
+    done = [(config, {"val": {"accuracy": 0.5}}) for config in configs]
+    assert q2.best_rate(done, "homework") == q2.best_rate(done[::-1], "homework") == 0.1
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
@@ -393,7 +400,9 @@ def trained_once(q2, small_arrays, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     np.savez(folder / "small.npz", **small_arrays)
     torch.set_num_threads(1)
-    assert q2.main(["-data", str(folder / "small.npz"), "-out", str(folder / "trained"), *map(str, QUICK)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(utils.STYLE, "savefig.dpi", 20)  # as in `call_main`
+        assert q2.main(["-data", str(folder / "small.npz"), "-out", str(folder / "trained"), *map(str, QUICK)]) == 0
     return folder / "trained"
 
 
@@ -450,7 +459,7 @@ def test_an_exported_network_predicts_the_same_and_is_checked(call_main, q2, tra
     np.testing.assert_array_equal(*(q2.predict(model, images) for model, _ in networks))
     for key in ("config", "dataset", "best_epoch"):
         assert networks[0][1][key] == networks[1][1][key]
-    assert torch.equal(networks[0][1]["seen"], networks[1][1]["seen"])
+    assert torch.equal(*(content["trained_on_digests"] for _, content in networks))
     status, _, err = call_main("-export", path, "-checkpoint", trained)
     assert_one_line(status, err, path, "is there already")
     whole, rng = path.read_bytes(), np.random.default_rng(0)
@@ -487,7 +496,10 @@ def test_evaluate_never_scores_a_scan_that_was_trained_or_chosen_on(call_main, t
     status, out, _ = call_main("-evaluate", "-checkpoint", trained, "-data", tmp_path / "mixed.npz")
     assert status == 0
     assert "test: 262 of 302 scans left out" in out and "test (40 scans)" in out and ", all" not in out
-    # All scans of a set are scored where they are real and the network has seen phantoms alone.
+    # last.pt, of which the best network can be used as well, knows them, too.
+    last = trained.with_name("last.pt")
+    assert "test (40 scans)" in call_main("-evaluate", "-checkpoint", last, "-data", tmp_path / "mixed.npz")[1]
+    # All scans of a set are scored where they are real and the network has met phantoms alone.
     content = torch.load(trained, weights_only=True)
     content["dataset"]["kind"] = "phantom"
     runs.save_checkpoint(trained, content)
@@ -498,6 +510,15 @@ def test_evaluate_never_scores_a_scan_that_was_trained_or_chosen_on(call_main, t
     np.savez(tmp_path / "seen.npz", **mixed)
     status, _, err = call_main("-evaluate", "-checkpoint", trained, "-data", tmp_path / "seen.npz")
     assert_one_line(status, err, "no test scan is left")
+
+
+def test_evaluate_refuses_networks_that_have_no_common_mean(call_main, q2, trained, small_npz):
+    for others, message in [
+        ([q2.WEIGHTS], "no common mean"),
+        ([trained.parent / "." / "best.pt"], "every network once"),
+    ]:
+        status, _, err = call_main("-evaluate", "-data", small_npz, "-checkpoint", trained, *others)
+        assert_one_line(status, err, message)
 
 
 def test_figures_are_drawn_again_from_the_record_alone(call_main, trained, tmp_path):
@@ -548,6 +569,29 @@ def test_a_lost_best_pt_is_made_again_from_last_pt(call_main, small_npz, trained
     assert numbers(trained.parent) == expected
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut off", "a folder"])
+def test_a_damaged_best_pt_is_made_again_from_last_pt(call_main, small_npz, trained, damage):
+    expected, whole = numbers(trained.parent), trained.read_bytes()
+    trained.unlink()
+    if damage == "a folder":
+        trained.mkdir()
+        status, _, err = call_main("-data", small_npz, "-out", trained.parent, *QUICK, "-resume")
+        assert_one_line(status, err, "best.pt")
+        return
+    trained.write_bytes(whole[:3000] if damage == "cut off" else b"")
+    assert call_main("-data", small_npz, "-out", trained.parent, *QUICK, "-resume")[0] == 0
+    assert numbers(trained.parent) == expected
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(call_main, small_npz, trained):
+    record = trained.with_name("record.json")
+    record.unlink()
+    os.mkfifo(record)
+    for arguments in (["-data", small_npz, "-out", trained.parent, *QUICK, "-resume"], ["-draw", record]):
+        status, _, err = call_main(*arguments)
+        assert_one_line(status, err, record, "not a file")
+
+
 def test_the_last_pt_of_another_run_is_not_taken(call_main, small_npz, trained, tmp_path):
     out = tmp_path / "other"
     out.mkdir()
@@ -564,6 +608,10 @@ DAMAGES = {  # of the content of a checkpoint
     "an epoch too few": {"history": [{"epoch": 2, "val_accuracy": 0.5, "val_loss": 1.0}]},
     "epochs without scores": {"history": [{"epoch": 1}, {"epoch": 2}]},
     "seconds of another type": {"seconds": [1]},
+    "seconds that are no number": {"seconds": math.nan},
+    "a loss that is no number": {"history": [{"epoch": 1, "val_accuracy": 0.5, "val_loss": math.nan}]},
+    "a tensor in the history": {"history": [{"epoch": 1, "val_accuracy": torch.ones(2), "val_loss": 1.0}]},
+    "a tensor in the config": {"config": {"epochs": torch.ones(3)}},
     "no random state": {"random": {}},
     "a random state of another size": {"random": {"cpu": torch.zeros(3, dtype=torch.uint8)}},
     "a random state of another type": {"random": {"cpu": 5}},
@@ -627,11 +675,13 @@ def test_a_flipped_bit_in_best_pt_never_gives_other_predictions(q2, trained, sma
         ({"config": None}, "damaged"),
         ({"config": {"recipe": "homework"}}, "damaged"),
         ({"dataset": 5}, "damaged"),
-        ({"dataset": {}}, "trained on is missing"),
+        ({"dataset": {}}, "damaged"),
+        ({"dataset": ["name", "kind"]}, "damaged"),
         ({"network": {"conv1.weight": torch.zeros(3)}}, "damaged"),
         ({"network": [1, 2]}, "damaged"),
-        ({"seen": torch.zeros(4)}, "damaged"),
-        ({"seen": "none"}, "damaged"),
+        ({"trained_on_digests": torch.zeros(4)}, "which scans it was trained on"),
+        ({"trained_on_digests": torch.zeros(0, 5, dtype=torch.uint8)}, "which scans it was trained on"),
+        ({"trained_on_digests": "none"}, "damaged"),
     ],
 )
 def test_foreign_parts_of_a_checkpoint_get_one_line(call_main, trained, tmp_path, change, message):
@@ -643,7 +693,15 @@ def test_foreign_parts_of_a_checkpoint_get_one_line(call_main, trained, tmp_path
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("recipe", 3), ("recipe", "weak"), ("dropout", "0.7"), ("dropout", 3.0), ("no_maxpool", "yes"), ("epochs", [1])],
+    [
+        ("recipe", 3),
+        ("recipe", "weak"),
+        ("dropout", "0.7"),
+        ("dropout", 3.0),
+        ("dropout", math.nan),
+        ("no_maxpool", "yes"),
+        ("epochs", [1]),
+    ],
 )
 def test_a_config_of_the_wrong_type_or_size_gets_one_line(call_main, trained, tmp_path, field, value):
     content = torch.load(trained, weights_only=True)
@@ -651,6 +709,16 @@ def test_a_config_of_the_wrong_type_or_size_gets_one_line(call_main, trained, tm
     Image.new("L", (40, 30)).save(tmp_path / "scan.png")
     status, _, err = call_main("-predict", tmp_path / "scan.png", "-checkpoint", trained)
     assert_one_line(status, err, trained)
+
+
+def test_outputs_that_are_no_numbers_are_no_answer(call_main, trained, tmp_path):
+    content = torch.load(trained, weights_only=True)
+    content["network"] = {name: 1e30 * weights for name, weights in content["network"].items()}
+    runs.save_checkpoint(trained, content)
+    Image.new("L", (40, 30), 90).save(tmp_path / "scan.png")
+    status, out, err = call_main("-predict", tmp_path / "scan.png", "-checkpoint", trained)
+    assert_one_line(status, err, "outputs are no numbers")
+    assert "nan" not in out
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -708,8 +776,13 @@ def test_a_file_system_without_locks_trains_with_a_warning(call_main, small_npz,
         (["-grid", "-predict", "a.png"], "-grid and -predict exclude each other"),
         (["-predict", "a.png"], "a.png: No such file or directory"),
         (["-checkpoint", "best.pt"], "-checkpoint goes with"),
-        (["-draw", "nowhere.json"], "nowhere.json: No such file or directory"),
+        (["-draw", "nowhere.json"], "nowhere.json: no such file"),
         (["-grid", "-seed", 3], "takes -seeds instead of -seed"),
+        (["-seeds", 1, 2], "-seeds and -jobs go with -grid"),
+        (["-jobs", 2], "-seeds and -jobs go with -grid"),
+        (["-learning_rate", "1e300"], "-learning_rate: needs a number above 0 and below 1e+30"),
+        (["-export", "network.pt"], "-export network.pt: must end in .safetensors"),
+        (["-data", ""], "no such file or folder"),
         (["-batch_size", 10**20], "-batch_size: needs a whole number"),
         (["-threads", 3_000_000_000], "-threads: needs a whole number"),
     ],
@@ -745,7 +818,7 @@ def test_bad_files_get_one_line_and_touch_nothing(call_main, trained, small_npz,
         (["-predict", tmp_path / "no.png", "-checkpoint", trained], "no.png: No such file"),
         (["-predict", tmp_path, "-checkpoint", trained], "not an image"),
         (["-predict", tmp_path / "pipe.png", "-checkpoint", trained], "pipe.png: not an image"),
-        (["-predict", scan, "-checkpoint", tmp_path / "pipe.pt"], "pipe.pt: no such file"),
+        (["-predict", scan, "-checkpoint", tmp_path / "pipe.pt"], "pipe.pt: not a file"),
         (["-predict", scan, "-checkpoint", tmp_path / "no.pt"], "no.pt: no such file"),
         (["-predict", scan, "-checkpoint", tmp_path / "cut.pt"], "not a checkpoint, or damaged"),
         (["-predict", scan, "-checkpoint", scan], "not a checkpoint, or damaged"),
@@ -821,8 +894,8 @@ def test_streams_that_are_closed_full_or_replaced(run_script, call_main, small_n
         done = run_script("-data", small_npz, *QUICK, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert_one_line(done.returncode, done.stderr, "No space left")
 
-    class Stream:  # of Jupyter, which cannot be reconfigured
-        closed, text = False, ""
+    class Stream:  # of Jupyter and others, which cannot be reconfigured
+        text = ""
 
         def write(self, text):
             self.text += text
