@@ -199,7 +199,7 @@ def _layout(dim: int, num_terms: int, block: int = 0) -> _Layout:
     return _Layout(lower, top, starts[0] if top else len(weights), num_top, weights)
 
 
-TILE_CPU, TILE_GPU = (2**19, 4096), (2**26, 2**17)  # numbers, tokens: what a CPU's caches hold, what keeps a GPU busy
+TILE_CPU, TILE_GPU = (2**19, 8192), (2**26, 2**17)  # numbers, tokens: what a CPU's caches hold, what keeps a GPU busy
 
 
 def _tiles(x: Tensor, rows: int) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
@@ -208,6 +208,7 @@ def _tiles(x: Tensor, rows: int) -> Iterator[tuple[tuple[slice, slice, slice], T
     most_numbers, most_tokens = TILE_CPU if x.device.type == "cpu" else TILE_GPU
     tokens = max(64, min(most_numbers // rows, most_tokens))
     sequences = max(1, tokens // max(1, length))
+    tokens = math.ceil(max(1, length) / math.ceil(max(1, length) / tokens))  # no small tile at the end
     buffer = x.new_empty(min(sequences, num_sequences), rows, min(tokens, length))
     for n, first in itertools.product(range(0, num_sequences, sequences), range(0, length, tokens)):
         tile = slice(n, n + sequences), slice(None), slice(first, first + tokens)
