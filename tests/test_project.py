@@ -478,7 +478,7 @@ def record(path: str) -> dict:
 def test_taylor_attention_keeps_its_bars():
     """The bars are those of the benchmark itself; here they stand again, so that loosening one is noticed."""
     bars = {
-        "time, forward, D = 8": 0.015,
+        "time, forward, D = 8": 0.01875,  # 1.25 times 0.015: see the benchmark
         "time, forward, D = 16": 0.06,
         "time, forward, D = 32": 0.15,
         "time, forward, D = 64": 0.42,
