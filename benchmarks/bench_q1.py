@@ -57,7 +57,7 @@ import runs
 import utils
 
 LENGTH = 8192
-# For D = 8, 1.25 times the 0.015 of the former code, which was half as long again: there a call costs more than its sums.
+# For D = 8, 1.25 times the 0.015 of the former, longer code: there a call costs more than its sums.
 FORWARD_BARS = {8: 0.01875, 16: 0.06, 32: 0.15, 64: 0.42}
 BACKWARD_BARS = {16: 0.08, 32: 0.15, 64: 0.5}
 CAUSAL_BAR = 1.0
