@@ -413,11 +413,6 @@ def identity(config: Config, data: OctData) -> dict:
     return {"config": asdict(config), "dataset": data.description}
 
 
-def trained_on_digests(data: OctData) -> Tensor:
-    """Which scans a network was trained or chosen on, uint8 [N, 5], so that it is never scored on them."""
-    return torch.from_numpy(np.concatenate([utils.scan_digests(data.splits[split][0]) for split in ("train", "val")]))
-
-
 def best_epoch(history: list[dict], recipe: str) -> dict:
     """The epoch with the highest validation metric (the recipe's), among equals the lowest loss."""
     return max(history, key=lambda epoch: (epoch[f"val_{CHOOSE_BY[recipe]}"], -epoch["val_loss"]))
@@ -456,7 +451,7 @@ def train_locked(config: Config, data: OctData, folder: Path, device: torch.devi
         state, network = state | {"average": average}, average.module
     state["network"] = best = copy.deepcopy(network)  # as after the best epoch so far
 
-    history, seconds, last, digests = [], 0.0, folder / "last.pt", trained_on_digests(data)
+    history, seconds, last = [], 0.0, folder / "last.pt"
     if last.exists():
         history, seconds = go_back_to(last, state, identity(config, data), device)
     steps = math.ceil(len(splits["train"][1]) / config.batch_size)
@@ -478,7 +473,7 @@ def train_locked(config: Config, data: OctData, folder: Path, device: torch.devi
                 best.load_state_dict(network.state_dict())
             content = identity(config, data) | {name: part.state_dict() for name, part in state.items()}
             content |= {"history": history, "seconds": seconds, "random": utils.random_state(device)}
-            content |= {"trained_on_digests": digests}
+            content |= {"trained_on_digests": torch.from_numpy(data.trained_on_digests)}
             runs.save_checkpoint(last, content)
 
     record = identity(config, data) | {
@@ -503,7 +498,7 @@ def test_and_save(best: nn.Module, record: dict, data: OctData, folder: Path, de
         subset = course_test_subset(labels)
         record["test_course_subset"] = score(probabilities[subset], labels[subset])
     content = {"config": record["config"], "dataset": record["dataset"], "best_epoch": record["best_epoch"]}
-    content |= {"network": best.state_dict(), "trained_on_digests": trained_on_digests(data)}
+    content |= {"network": best.state_dict(), "trained_on_digests": torch.from_numpy(data.trained_on_digests)}
     runs.save_checkpoint(folder / "best.pt", content)
     draw_run(record, folder)
     plot_predictions(record, images, labels, probabilities, folder / "predictions")
@@ -563,6 +558,7 @@ def run_grid_locked(base: Config, about: dict, data: OctData, folder: Path, devi
     """`run_grid` in a folder that is locked; `about` begins the record."""
     started, begun_before, threads = time.perf_counter(), any(folder.glob("*/last.pt")), torch.get_num_threads()
     rates, metric, seeds, done = GRID_RATES[base.recipe], CHOOSE_BY[base.recipe], about["seeds"], []
+    num_runs = len(seeds) * (len(rates) + 1)
 
     def train_all(rates: Iterable[float], no_maxpool: bool) -> None:
         configs = [replace(base, no_maxpool=no_maxpool, learning_rate=r, seed=s) for r in rates for s in seeds]
@@ -574,8 +570,7 @@ def run_grid_locked(base: Config, about: dict, data: OctData, folder: Path, devi
         for config, record in pool(tasks):
             done.append((config, record))
             outcome = f"best validation {metric} {record['val'][metric]:.4f}" if record else "diverged"
-            total = len(seeds) * (len(GRID_RATES[base.recipe]) + 1)
-            print(f"{len(done):2d} of {total}   {run_name(config):28s} {outcome}", flush=True)
+            print(f"{len(done):2d} of {num_runs}   {run_name(config):28s} {outcome}", flush=True)
 
     try:
         train_all(rates, no_maxpool=False)
@@ -755,10 +750,8 @@ def draw_grid(grid: dict, folder: Path, path: Path) -> None:
         strided, colour = row["network"] == "no_maxpool", utils.COLOURS[i]
         ticks.append(f"{'no max-pool' if strided else 'max-pool' if records else 'diverged'}\n{row['learning_rate']:g}")
         for axes, name in ((loss_axes, "train_loss"), (accuracy_axes, "val_accuracy")) if records else ():
-            curves, label = (
-                np.array([[e[name] for e in r["history"]] for r in records]),
-                ticks[-1].replace("\n", ", rate "),
-            )
+            curves = np.array([[e[name] for e in r["history"]] for r in records])
+            label = ticks[-1].replace("\n", ", rate ")
             epochs = np.arange(1, curves.shape[1] + 1)
             axes.plot(epochs, curves.mean(axis=0), "--" if strided else "-", color=colour, label=label)
             axes.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
@@ -890,9 +883,7 @@ def run_name(config: Config) -> str:
     """Network, rate, seed, and whatever else is not the recipe's default."""
     name = f"{'no_maxpool' if config.no_maxpool else 'maxpool'}-lr{config.learning_rate:g}-seed{config.seed}"
     default = asdict(RECIPES[config.recipe])
-    return name + "".join(
-        f"-{k}{v}" for k, v in asdict(config).items() if k in default and k not in VARIED and v != default[k]
-    )
+    return name + "".join(f"-{k}{v}" for k, v in asdict(config).items() if k not in VARIED and v != default[k])
 
 
 def print_outcome(record: dict, folder: Path, to: TextIO | None = None) -> None:
@@ -929,13 +920,14 @@ def train_run_or_grid(args: argparse.Namespace, data: OctData, device: torch.dev
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    device = utils.choose_device(args.device)
     if args.draw:
         for path in args.draw:
             draw(path, args.out or path.parent)
-    elif args.export:
-        export(args.export, args.checkpoint[0])
-    elif args.predict:
+        return
+    if args.export:
+        return export(args.export, args.checkpoint[0])
+    device = utils.choose_device(args.device)  # only now: a figure and an export need none
+    if args.predict:
         model, content = load_network(args.checkpoint[0], device, args.recipe, args.no_maxpool)
         predict_files(args.predict, model, content["dataset"])
     elif args.evaluate:

@@ -163,6 +163,10 @@ def file_checksum(path: Path, kind: str) -> str:
         return hashlib.file_digest(file, partial(hashlib.new, kind, usedforsecurity=False)).hexdigest()
 
 
+def json_checksum(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------
 # Retinal scans (Q2)
 
@@ -194,6 +198,11 @@ class OctData:
                 digest.update(np.ascontiguousarray(array))
         counts = {s: np.bincount(self.splits[s][1], minlength=len(OCT_CLASSES)).tolist() for s in SPLITS}
         return {"name": self.name, "kind": self.kind, "counts": counts, "sha256": digest.hexdigest()}
+
+    @cached_property
+    def trained_on_digests(self) -> np.ndarray:
+        """Which scans a network is trained and chosen on, uint8 [N, 5], so that it is never scored on them."""
+        return np.concatenate([scan_digests(self.splits[split][0]) for split in ("train", "val")])
 
 
 def load_oct(source: str = "auto", data_dir: Path | str = "data") -> OctData:
@@ -305,7 +314,8 @@ def check_oct_arrays(arrays: dict[str, np.ndarray], name: str) -> Splits:
 
 def check_classes(labels: Sequence[int], split: str, name: str) -> None:
     """Raises InputError if a class has no scan to train or to validate on: its scores would mean nothing."""
-    if split != "test" and (missing := [c for i, c in enumerate(OCT_CLASSES) if i not in set(labels)]):
+    present = set(labels)
+    if split != "test" and (missing := [c for i, c in enumerate(OCT_CLASSES) if i not in present]):
         where = "to train on" if split == "train" else "to validate on (those of one patient stay together)"
         raise InputError(f"{name}: the {split} split has no scan of {', '.join(missing)} {where}")
 
@@ -436,7 +446,7 @@ def fingerprint(folder: Path, files: dict[str, Scans]) -> str:
             state = file.stat()
             listing.append((split, str(file.relative_to(folder)), state.st_size, state.st_mtime_ns))
     # "2" is the version of `prepare_scan` and of how we split: what an earlier one prepared is not taken.
-    return hashlib.sha256(json.dumps(["2", str(folder.resolve()), listing]).encode()).hexdigest()[:12]
+    return json_checksum(["2", str(folder.resolve()), listing])[:12]
 
 
 def prepare_scans(files: dict[str, Scans]) -> dict[str, np.ndarray]:
@@ -768,10 +778,6 @@ def cached_features(corpus: SpeechCorpus, extract: Extract, settings: dict, data
         cache = open_features(path, corpus, source)
     check_clips(corpus.folder, cache.corpus.splits, cache.corpus.left_out[len(corpus.left_out) :])
     return cache
-
-
-def json_checksum(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_features(path: Path, corpus: SpeechCorpus, extract: Extract, source: str) -> None:

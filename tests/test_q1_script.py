@@ -6,14 +6,12 @@ import shlex
 import subprocess
 import sys
 
+import bench_q1
 import pytest
 import torch
 from conftest import ROOT, caller, tree
 
 import attention_approx as q1
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_q1
 
 SMALL = shlex.split("-quick -lengths 64 200 -dims 3 5 -terms 2 3")
 

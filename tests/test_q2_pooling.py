@@ -21,11 +21,7 @@ METRICS = {"loss", "accuracy", "balanced_accuracy", "macro_auc"}
 
 @pytest.fixture(scope="module")
 def pooling(q2):
-    sys.path.insert(0, str(ROOT / "report"))
-    try:
-        return importlib.import_module("pooling")
-    finally:
-        sys.path.pop(0)
+    return importlib.import_module("pooling")
 
 
 @pytest.fixture

@@ -7,16 +7,13 @@ import re
 import subprocess
 import sys
 
-import matplotlib.image
-import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "report"))
-
 import bench_q1
 import figures
+import matplotlib.image
 import pictures
+import pytest
 import transcripts
+from conftest import ROOT
 
 import report
 
