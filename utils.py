@@ -3,7 +3,7 @@
 from utils import load_oct, load_speech
 data = load_oct("auto")                    # OCTMNIST if it can be had, else phantoms, and it says which
 images, labels = data.splits["train"]      # uint8 [N, 28, 28] and int64 [N]
-corpus = load_speech("auto")               # LJ Speech if it can be had, else a spoken corpus, and it says which
+corpus = load_speech("auto")               # LJ Speech if it is here, else a spoken corpus, and it says which
 clip = corpus.splits["train"][0]           # clip.path is a wav file, clip.text what it says
 """
 
@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -72,6 +73,14 @@ def choose_device(name: str) -> torch.device:
         reason = one_line(error).split(". ")[0]
         raise InputError(f"-device {name}: this machine has none that works ({reason})") from None
     return device
+
+
+def choose_precision(cpu: bool) -> str:
+    """ "bf16" where the hardware computes with bfloat16 (elsewhere it is slower than float32), else "no"."""
+    if torch.cuda.is_available() and not cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -510,6 +519,7 @@ class Clip:
     path: Path
     seconds: float
     rate: int  # of the file, Hz
+    sha256: str  # of the file's bytes
 
 
 @dataclass(frozen=True)
@@ -525,8 +535,9 @@ class SpeechCorpus:
 
     @cached_property
     def description(self) -> dict:
-        """The `dataset` entry of a record. The checksum is over rows, ids, texts and durations, not over samples."""
-        rows = [(s, c.row, c.id, c.text, f"{c.seconds:.6f}") for s, clips in self.splits.items() for c in clips]
+        """The `dataset` entry of a record. Its checksum is over rows, ids, texts, durations and the files' bytes."""
+        clips = [(split, clip) for split, clips in self.splits.items() for clip in clips]
+        rows = [(split, clip.row, clip.id, clip.text, f"{clip.seconds:.6f}", clip.sha256) for split, clip in clips]
         return {
             "name": self.name,
             "kind": self.kind,
@@ -540,9 +551,9 @@ class SpeechCorpus:
 def load_speech(source: str = "auto", data_dir: Path | str = "data", seed: int = 0) -> SpeechCorpus:
     """Load clips of speech with their transcripts.
 
-    `source` is "ljspeech", "spoken" (made on first use, `seed` says which one), a folder in LJ Speech's layout
-    (see `read_speech_folder`), or "auto": LJ Speech from `data_dir`, else downloaded, else the spoken corpus.
-    Raises InputError for what cannot be used.
+    `source` is "ljspeech" (the only one that downloads: 2.6 GB), "spoken" (made on first use, `seed` says which one),
+    a folder in LJ Speech's layout (see `read_speech_folder`), or "auto": LJ Speech if it lies in `data_dir`, else
+    the spoken corpus. Raises InputError for what cannot be used.
     """
     data_dir = Path(data_dir)
     if source in ("auto", "ljspeech"):
@@ -550,15 +561,15 @@ def load_speech(source: str = "auto", data_dir: Path | str = "data", seed: int =
         is_here = is_ljspeech(folder)
         if folder.exists() and not is_here:
             print(f"passing over {folder}: it is not the whole of LJ Speech (to use it, name it as data)")
-        if is_here or download_ljspeech(folder):
+        if is_here or (source == "ljspeech" and download_ljspeech(folder)):
             return read_speech_folder(folder)
         if source == "ljspeech":
             raise InputError(
                 f"LJ Speech is not here and could not be downloaded: fetch {LJSPEECH_URL} by hand "
                 f"(2.6 GB, SHA-256 {LJSPEECH_SHA256}) and unpack it as {folder}"
             )
-        print("*** LJ Speech is not here and could not be downloaded: going on with a SPOKEN corpus, made by a")
-        print("*** speech synthesiser from sentences of a grammar. No score below is a score on LJ Speech.")
+        print("*** LJ Speech is not here: going on with sentences of a grammar, spoken by a SYNTHETIC voice.")
+        print('*** No score below is a score on LJ Speech. data = "ljspeech" downloads the real thing (2.6 GB).')
     if source in ("auto", "spoken"):
         from offline_data import speech
 
@@ -575,6 +586,8 @@ def load_speech(source: str = "auto", data_dir: Path | str = "data", seed: int =
 
 def is_ljspeech(folder: Path) -> bool:
     """Whether a folder has all rows of LJ Speech and at least 99 % of its files: single bad ones can be left out."""
+    if os.path.lexists(folder / "corpus.json"):
+        return False  # LJ Speech has none: these are its texts in another voice
     metadata = folder / "metadata.csv"
     rows = len(metadata.read_bytes().splitlines()) if metadata.is_file() else 0
     return rows == LJSPEECH_CLIPS and len([*(folder / "wavs").glob("*.wav")]) >= 0.99 * LJSPEECH_CLIPS
@@ -605,7 +618,8 @@ def read_speech_folder(folder: Path) -> SpeechCorpus:
     metadata = folder / "metadata.csv"
     if not (metadata.is_file() and (folder / "wavs").is_dir()):
         raise InputError(f"{folder}: needs metadata.csv (rows of id|text|normalised text) and wavs/<id>.wav")
-    lines = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # without a byte order mark
+    with reading(metadata, "a list of clips"):
+        lines = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # without a byte order mark
     if len(lines) < 3:
         raise InputError(f"{metadata}: has {len(lines)} rows, at least 3 are needed")
     name, kind, rows = describe_folder(folder, len(lines))
@@ -627,7 +641,7 @@ def read_speech_folder(folder: Path) -> SpeechCorpus:
     if name == "LJSpeech-1.1":  # never to be taken for the whole if it is a part
         whole = len(clips) == len(lines) == LJSPEECH_CLIPS
         name = "LJ Speech" if whole else f"LJ Speech, {len(clips):,} of {LJSPEECH_CLIPS:,} clips"
-    elif kind == "real" and name.upper().startswith("LJ SPEECH"):
+    elif kind == "real" and re.match(r"lj[\W_]*speech", name, re.IGNORECASE):
         name = f"{name} (another folder)"
     return SpeechCorpus(name, kind, folder, SPEECH_RATE, splits, left_out)
 
@@ -636,21 +650,25 @@ def describe_folder(folder: Path, num_rows: int) -> tuple[str, str, dict[str, ra
     """Name, kind and the rows of each split: those in corpus.json, which has {split: [first row, end row]}.
 
     Without it the folder's name, "real", and 75, 5 and 20 % of the rows, at least one each: of LJ Speech's 13,100
-    these are the course's splits. Raises InputError for splits that overlap or lie outside the rows.
+    these are the course's splits. Raises InputError for splits that overlap or lie outside the rows, and for names
+    that are no short line of printable characters.
     """
     val = min(max(1, round(0.75 * num_rows)), num_rows - 2)
     test = min(max(val + 1, round(0.80 * num_rows)), num_rows - 1)
-    name, kind = folder.name or folder.resolve().name, "real"
     spans = {"train": [0, val], "val": [val, test], "test": [test, num_rows]}
     path = folder / "corpus.json"
-    with reading(path, "the description of a corpus"):
-        if path.exists():
-            about = json.loads(path.read_bytes())
-            name, kind, spans = about["name"], about["kind"], about.get("splits", spans)
-        if kind not in ("real", "spoken") or not isinstance(name, str):
+    name = folder.name or folder.resolve().name
+    about = {"name": "".join(c if c.isprintable() else "?" for c in name)[:100], "kind": "real"}
+    with reading(path, what := "the description of a corpus"):
+        if os.path.lexists(path):
+            about = read_json(path, what)
+        name, kind, spans = about["name"].strip(), about["kind"], about.get("splits", spans)
+        if kind not in ("real", "spoken") or not (name.isprintable() and 0 < len(name) <= 100):
             raise ValueError(f"name {name!r}, kind {kind!r}")
+        if odd := [split for split in spans if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", split)]:
+            raise ValueError(f"split {odd[0]!r}")
         edges = [0, *chain.from_iterable(sorted(spans.values())), num_rows]
-        if edges != sorted(edges) or not {*SPLITS} <= {*spans}:
+        if edges != sorted(edges) or {*map(type, edges)} != {int} or not {*SPLITS} <= {*spans}:
             raise ValueError(f"splits {spans} do not fit {num_rows} rows")
         return name, kind, {split: range(first, end) for split, (first, end) in spans.items()}
 
@@ -664,21 +682,19 @@ def read_row(folder: Path, row: int, line: bytes) -> Clip:
     if len(columns) != 3:
         raise InputError(f"has {len(columns)} columns, not 3 (id|text|normalised text)")
     name, text = columns[0].strip(), columns[2].strip()
-    file = f"wavs/{name}.wav"
-    # By the text alone: a link in wavs/ may well lead elsewhere.
-    if not name or "\0" in name or not os.path.normpath(file.replace("\\", "/")).startswith("wavs" + os.sep):
-        raise InputError(f"id {name!r} names no file in wavs/")
+    if not re.fullmatch(r"[^/\\]{1,100}", name) or not name.isprintable():
+        raise InputError(f"id {name[:100]!r} names no file in wavs/")
+    path = folder / "wavs" / f"{name}.wav"
     if not text:
-        raise InputError(f"the transcript of {file} is empty")
-    with open_audio(folder / file) as audio:
-        seconds, rate, log = audio.frames / audio.samplerate, audio.samplerate, audio.extra_info
-    # libsndfile shortens a clip that was cut off to what there is. Streams claim all that 32 bits can count.
-    cut_off = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if cut_off and int(cut_off[2]) < int(cut_off[1]) < 2**31 - 2**16:
-        raise InputError(f"{file} is cut off: {int(cut_off[2]):,} of {int(cut_off[1]):,} bytes are there")
+        raise InputError(f"the transcript of {name} is empty")
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", text):  # they could steer a terminal; a tab is a space
+        raise InputError(f"the transcript of {name} holds control characters")
+    with open_audio(path) as audio:
+        seconds, rate = audio.frames / audio.samplerate, audio.samplerate
+        sha256 = file_checksum(path, "sha256")
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise InputError(f"{file} lasts {seconds:.2f} s, not {MIN_SECONDS} to {MAX_SECONDS:g} s")
-    return Clip(row, name, text, folder / file, seconds, rate)
+        raise InputError(f"{path}: lasts {seconds:.2f} s, not {MIN_SECONDS} to {MAX_SECONDS:g} s")
+    return Clip(row, name, text, path, seconds, rate, sha256)
 
 
 def check_clips(folder: Path, splits: dict[str, list[Clip]], left_out: list[str]) -> None:
@@ -693,33 +709,72 @@ def check_clips(folder: Path, splits: dict[str, list[Clip]], left_out: list[str]
 
 @contextlib.contextmanager
 def open_audio(path: Path | str) -> Iterator:
-    """An audio file as a soundfile.SoundFile. Raises InputError for one that is absent or cannot be read."""
+    """An audio file as a soundfile.SoundFile. Raises InputError for one that is absent, cut off or cannot be read."""
     import soundfile
 
+    path = Path(path)
+    convert = "ffmpeg -i {} -ar 22050 {}".format(*map(shlex.quote, (str(path), f"{path}.wav")))
     with reading(path, "audio"):
-        if not Path(path).is_file():
-            raise InputError(f"{path}: no such file")
-        with soundfile.SoundFile(path) as file:
+        check_is_file(path)
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: is empty")
+        try:
+            file = soundfile.SoundFile(path)
+        except Exception as error:
+            reason = one_line(getattr(error, "error_string", error))  # libsndfile's, without the path
+            raise InputError(f"{path}: not audio, or damaged ({reason}). To convert it: {convert}") from None
+        with file:
+            log = file.extra_info  # libsndfile shortens what was cut off to what there is, and only notes it here
+            sizes = re.search(r"(?:data|SSND|riff|Riff size|Data Size) *: (\d+) \(should be (\d+)\)", log)
+            promised, there = map(int, sizes.groups()) if sizes else (0, 0)
+            if there < promised < 2**31 - 2**16:  # streams promise all that 32 bits can count
+                raise InputError(f"{path}: is cut off: {there:,} of {promised:,} bytes are there")
+            if "Junk after the last page" in log:
+                raise InputError(f"{path}: is cut off in the middle of an Ogg page")
+            if file.frames > 2**40:  # a FLAC stream
+                raise InputError(f"{path}: does not say how long it is. To convert it: {convert}")
+            if not 4_000 <= file.samplerate <= 768_000:  # Hz: nobody records speech outside of these
+                raise InputError(f"{path}: is said to have {file.samplerate:,} samples a second: its header is damaged")
             yield file
 
 
 def read_wav(path: Path | str, rate: int | None = None) -> tuple[np.ndarray, int]:
-    """Read an audio file: samples float32 [n] in [-1, 1], the mean of its channels, and their rate in Hz.
+    """Read an audio file: samples float32 [n] in about [-1, 1], mixed by `mix_channels`, and their rate in Hz.
 
-    With `rate` they are resampled to it. Raises InputError for a file that is absent, empty or unreadable.
+    With `rate` they are resampled to it. Raises InputError for a file that is absent, empty, cut off or unreadable.
     """
     with open_audio(path) as file:
-        samples, file_rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+        samples, file_rate = file.read(dtype="float32", always_2d=True), file.samplerate
+        if len(samples) < file.frames and file.format != "MP3":  # whose length is a guess
+            raise InputError(f"{path}: is cut off: {len(samples):,} of {file.frames:,} samples are there")
     if len(samples) == 0:
         raise InputError(f"{path}: holds no samples")
-    if not np.isfinite(samples).all():
+    if not (peak := np.abs(samples).max()) < np.inf:
         raise InputError(f"{path}: holds samples that are no finite numbers")
+    if peak > 8:  # 18 dB above full scale: nobody overdrives so much
+        raise InputError(f"{path}: its samples reach {peak:,.0f}, not 1: divide them by 32,768 if they had 16 bits")
+    samples = mix_channels(samples)
     if rate in (None, file_rate):
         return samples, file_rate
     from scipy.signal import resample_poly  # torchaudio's takes gigabytes where the rates share no factor
 
     shared = math.gcd(rate, file_rate)
     return resample_poly(samples, rate // shared, file_rate // shared).astype(np.float32), rate
+
+
+def mix_channels(samples: np.ndarray) -> np.ndarray:
+    """The mean of the channels of float32 [n, channels], without constant offsets: float32 [n].
+
+    Channels that are 20 dB weaker than the strongest are left out. One that is inverted to it is turned over first:
+    the two would cancel.
+    """
+    samples = samples - samples.mean(axis=0, dtype=np.float64).astype(np.float32)
+    power = np.square(samples).mean(axis=0, dtype=np.float64)  # [channels]
+    strong = power >= 0.01 * power.max()
+    strongest = samples[:, power.argmax()]
+    covariance = samples.T @ strongest / len(samples)  # [channels]
+    signs = np.where(covariance < -0.1 * np.sqrt(power * power.max()), -1, 1)  # -0.1: two voices are just unlike
+    return samples[:, strong] @ (signs[strong] / strong.sum()).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -766,7 +821,7 @@ def cached_features(corpus: SpeechCorpus, extract: Extract, settings: dict, data
     """
     data_dir, folder = Path(data_dir), corpus.folder.resolve()
     path = data_dir / f"features-{folder.name[:40]}-{json_checksum([str(folder), settings])[:12]}.f16"
-    audio = [(s, c.row, file_checksum(c.path, "sha256")) for s, clips in corpus.splits.items() for c in clips]
+    audio = [(split, clip.row, clip.sha256) for split, clips in corpus.splits.items() for clip in clips]
     source = json_checksum([settings, corpus.sample_rate, audio])
     remove_leftovers(data_dir, ".features-*")
     try:
@@ -832,6 +887,7 @@ def open_features(path: Path, corpus: SpeechCorpus, source: str) -> FeatureCache
     """Map a file of features, all of it checked (a second a gigabyte). Raises InputError if it does not fit."""
     about = read_json(path.with_suffix(".json"), "what is known of the features")
     with reading(path, "the features of this corpus"):
+        check_is_file(path)
         seal = about.pop("sha256")
         if about["source"] != source:
             raise ValueError("made from other audio, splits or settings")
@@ -885,6 +941,7 @@ STYLE = {
     "font.size": 10,
     "legend.frameon": False,
     "savefig.dpi": 160,
+    "text.parse_math": False,  # names of strangers' files may hold a $
     "svg.hashsalt": "hw2",  # the same drawing gives the same bytes
 }
 
@@ -903,111 +960,3 @@ def save_figure(figure: Figure, path: Path) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, metadata=metadata)
         write_whole(path.with_name(f"{path.name}.{suffix}"), buffer.getvalue())
-
-
-def plot_recording(samples: np.ndarray, rate: int, log_mel: np.ndarray, frequencies: np.ndarray, title: str) -> Figure:
-    """Waveform over log-mel spectrogram, seconds below both.
-
-    `samples` [N] in [-1, 1] at `rate` Hz, `log_mel` [frames, n_mels], `frequencies` [n_mels]: the filters' middles, Hz.
-    """
-    figure, (wave, mel) = new_figure(2, 1, size=(9.0, 2.2))
-    seconds = len(samples) / rate
-    wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.4)
-    wave.set(title=title, ylabel="amplitude", xlim=(0, seconds))
-    picture = mel.imshow(
-        log_mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(frequencies))
-    )
-    hertz = [200, 500, 1000, 2000, 4000, 8000]
-    mel.set_yticks(np.interp(hertz, frequencies, np.arange(len(frequencies)) + 0.5), [f"{f:,}" for f in hertz])
-    mel.set(ylabel="frequency (Hz)", xlabel="time (s)")
-    mel.grid(False)
-    figure.colorbar(picture, ax=mel, label="log power", pad=0.01)
-    return figure
-
-
-SIMILARITIES = {"jaccard": "Jaccard", "cosine": "cosine", "damerau_levenshtein": "Damerau-Levenshtein"}
-
-
-def plot_speech_curves(histories: dict[str, list[dict]], title: str) -> Figure:
-    """Loss and the three similarities over the epochs, of all decoders: `histories` by the decoder's name."""
-    figure, (loss, similarity) = new_figure(1, 2, size=(5.4, 3.8))
-    styles = dict(zip(SIMILARITIES, (":", "--", "-"), strict=True))
-    for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
-        epochs = [entry["epoch"] for entry in history]
-        loss.plot(
-            epochs, [e["train"]["loss"] for e in history], color=colour, linestyle="--", label=f"{name}, training"
-        )
-        loss.plot(epochs, [e["val"]["loss"] for e in history], color=colour, label=f"{name}, validation")
-        for key, label in SIMILARITIES.items():
-            values = [entry["val"][key] for entry in history]
-            similarity.plot(epochs, values, color=colour, linestyle=styles[key], label=f"{name}, {label}")
-    loss.set(title=title, xlabel="epoch", ylabel="cross-entropy per token (nats)")
-    similarity.set(title="Similarity to the text, validation", xlabel="epoch", ylabel="similarity", ylim=(0, 1.02))
-    for axes in (loss, similarity):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8)
-    return figure
-
-
-def plot_alignments(
-    weights: dict[str, np.ndarray],
-    texts: dict[str, str],
-    heard: dict[str, np.ndarray | None],
-    seconds: float,
-    title: str,
-) -> Figure:
-    """Cross-attention of each decoder on one clip, side by side: a row a character that it wrote, seconds across.
-
-    By decoder: `weights` [characters + 1, positions], the last row for the stop; `texts`, what it wrote; `heard`
-    [characters], the seconds at which its CTC layer hears them, or None.
-    """
-    longest = max(map(len, texts.values()))
-    figure, axes = new_figure(1, len(weights), size=(5.6, min(12.0, max(3.6, 0.16 * longest))))
-    for axis, (name, matrix) in zip(axes, weights.items(), strict=True):
-        extent = (0, seconds, len(matrix), 0)
-        axis.imshow(matrix, aspect="auto", cmap="Greys", extent=extent, interpolation="nearest")
-        if heard[name] is not None:
-            places = np.arange(len(heard[name])) + 0.5
-            axis.plot(heard[name], places, "o", color=COLOURS[1], markersize=3, label="heard by CTC")
-            axis.legend(loc="upper right")
-        rows = [*texts[name].replace(" ", "␣"), "stop"]
-        axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8, family="DejaVu Sans Mono")
-        axis.tick_params(axis="y", length=0)
-        axis.set(title=f"{name}: {title}", xlabel="time (s)", ylabel="character written")
-        axis.grid(False)
-    return figure
-
-
-def plot_error_by_length(errors: dict[str, np.ndarray], lengths: np.ndarray, title: str, bins: int = 6) -> Figure:
-    """Character error rate against the length of the sentence, in bins of equally many sentences.
-
-    `errors` by decoder [sentences]: edit distance of each; `lengths` [sentences] characters of the references.
-    """
-    figure, (axes,) = new_figure(size=(6.4, 3.8))
-    groups = np.array_split(np.argsort(lengths, kind="stable"), min(bins, len(lengths)))
-    middles = [lengths[group].mean() for group in groups]
-    for colour, (name, distances) in zip(COLOURS, errors.items(), strict=False):
-        rates = [100 * distances[group].sum() / lengths[group].sum() for group in groups]
-        axes.plot(middles, rates, "o-", color=colour, label=name)
-    axes.set(title=title, xlabel="characters of the sentence (mean of a bin)", ylabel="character error rate (%)")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    return figure
-
-
-def plot_confusions(counts: dict[str, np.ndarray], tokens: Sequence[str], title: str) -> Figure:
-    """Which character was written for which, by decoder: counts [tokens, tokens], rows the truth.
-
-    The last row and column, ∅, hold insertions and deletions. The diagonal (correct) is left blank.
-    """
-    figure, axes = new_figure(1, len(counts), size=(6.0, 5.6))
-    for axis, (name, matrix) in zip(axes, counts.items(), strict=True):
-        wrong = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
-        shown = np.ma.masked_equal(wrong, 0)
-        picture = axis.imshow(shown, cmap="viridis_r", vmin=0)
-        axis.grid(False)
-        axis.set_xticks(range(len(tokens)), tokens, fontsize=9, family="DejaVu Sans Mono")
-        axis.set_yticks(range(len(tokens)), tokens, fontsize=9, family="DejaVu Sans Mono")
-        axis.set(title=f"{name}: {title}", xlabel="written", ylabel="spoken")
-        figure.colorbar(picture, ax=axis, label="times", shrink=0.8)
-    return figure

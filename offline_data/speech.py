@@ -1,14 +1,14 @@
 """A spoken corpus, a stand-in for LJ Speech: sentences of a grammar, or given texts, in a synthetic voice.
 
-    python -m offline_data.speech -out data/spoken                             # 1.4 hours in 30 s
-    python -m offline_data.speech -transcripts metadata.csv -out data/lj-text  # LJ Speech's texts, 26 hours: 5 min
+    python -m offline_data.speech -out data/spoken                             # 1.4 hours in a minute
+    python -m offline_data.speech -transcripts metadata.csv -out data/lj-text  # LJ Speech's texts, 24 hours: 12 min
 
-The voice is espeak-ng's, with the library and voices of the package `espeakng-loader`. espeak-ng is free software
-under the GPL, version 3; it is called here, and no part of it is included.
+The voice is `heart` of hibari-tts (Apache-2.0), a small neural network inside the package: natural in kind, but
+synthetic. No two clips sound alike: `spoken_clip` varies rate, pitch, room, colour, noise and level. The times
+above are for two idle cores.
 """
 
 import argparse
-import ctypes
 import glob
 import hashlib
 import json
@@ -16,31 +16,38 @@ import os
 import re
 import shutil
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import accumulate, chain, pairwise
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate, chain
 from pathlib import Path
 
 import joblib
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft
+from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
+from scipy.io import wavfile
+from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from offline_data import SPEECH_RATE
 
-# The words are chosen so that their sound decides how they are spelt: no two of them are homophones, and
-# espeak-ng says each as a person would.
-FRAME = 1_024  # samples between two outputs of a recogniser with hop 256 and 4x subsampling: 21.5 a second
-CTC_ROOM = 1.25  # outputs in every clip, in terms of those that CTC needs: characters, and one in each double letter
-SLOWEST = 80  # words a minute: espeak-ng goes no slower
-RATES, PITCHES, PITCH_RANGES = (125, 150), (30, 75), (30, 80)  # words a minute; espeak's scales of 0 to 99
-GAINS, PADDING, NOISE = (-6.0, 1.0), (0.0, 0.2), (25.0, 45.0)  # dB; seconds before and after; dB below the speech
 Row = tuple[str, str, str]  # id, text, normalised text
 LONGEST = 90  # characters of a sentence
 SPOKEN_SPLITS = {"train": 1_300, "val": 100, "test": 150, "test_new_words": 100}  # sentences
 LJ_SPEECH_SPLITS = {"train": (0, 9_825), "val": (9_825, 10_480), "test": (10_480, 13_100)}  # the homework's rows
 
+# What varies from clip to clip, each drawn evenly between two bounds
+VOICE_RATE = 24_000  # Hz, of hibari-tts
+RATES = (0.85, 1.15)  # of speaking, 1 is the voice's own; it keeps to it within a tenth
+SHIFTS = (47, 60)  # the voice is played at 450 times this many samples a second: pitch and formants times .88 to 1.13
+PADDING = (0.05, 0.25)  # seconds of silence before and after
+ROOM_SECONDS, ROOM_LEVEL = (0.1, 0.5), (-25.0, -8.0)  # the time in which an echo fades by 60 dB; its energy, dB
+TILTS = (-3.0, 3.0)  # dB an octave
+NOISE = (20.0, 45.0)  # dB below the speech
+LEVELS = (-32.0, -20.0)  # of the clip, dB of full scale
+
+# The words are chosen so that their sound decides how they are spelt: no two of them are homophones.
 # Alternatives are separated by a bar or a line end; {name} stands for an alternative of that name.
 GRAMMAR = {
     "sentence": """\
@@ -178,6 +185,10 @@ class SpeechError(Exception):
     """Speech that cannot be made. Its message is one line: what is wrong, and where."""
 
 
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def sentence_maker(grammar: dict[str, str], rng: np.random.Generator) -> Callable[[], str]:
     """A function that returns another random sentence of the grammar at each call.
 
@@ -236,81 +247,58 @@ def spoken_sentences(seed: int = 0) -> dict[str, list[str]]:
     return splits
 
 
-ESPEAK_SYNCHRONOUS, ESPEAK_DONT_EXIT, ESPEAK_UTF8 = 2, 0x8000, 1  # as in espeak-ng's speak_lib.h
-ESPEAK_RATE, ESPEAK_PITCH, ESPEAK_RANGE = 1, 3, 4
-ESPEAK_LOCK = threading.Lock()
-EspeakCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-
-
-@contextmanager
-def espeak(voice: str) -> Iterator[ctypes.CDLL]:
-    """espeak-ng's library, loaded afresh, ready to speak with `voice`, and unloaded in the end.
-
-    What was spoken before leaves traces in a loaded library: its place in the table of pitch flutter, its gain
-    control and more are static variables that its own initialisation leaves alone. Loaded afresh, which takes
-    5 ms, it says the same text with the same samples every time. One thread at a time has it; others wait.
-    """
+@cache
+def voice():
+    """The synthesiser of this process: `voice()(text, speed=1.0, seed=0)` gives float32 samples at 24 kHz."""
     try:
-        import _ctypes  # ctypes itself never unloads
+        from hibari import Hibari
 
-        import espeakng_loader
-
-        voices, path = espeakng_loader.get_data_path(), espeakng_loader.get_library_path()
-    except (ImportError, RuntimeError) as error:
-        raise SpeechError(f"espeak-ng is missing: {error} (pip install espeakng-loader)") from None
-    unload = _ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose
-    with ESPEAK_LOCK:
-        try:
-            library = ctypes.CDLL(path)
-        except OSError as error:
-            raise SpeechError(f"espeak-ng cannot be loaded: {error} (pip install espeakng-loader)") from None
-        try:
-            rate = library.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, voices.encode(), ESPEAK_DONT_EXIT)
-            if rate != SPEECH_RATE:
-                raise SpeechError(f"espeak-ng cannot use the voices in {voices} (it wants a path below 160 bytes)")
-            if library.espeak_SetVoiceByName(voice.encode()) != 0:
-                raise SpeechError(f"espeak-ng has no voice {voice!r}")
-            yield library
-        finally:
-            library.espeak_Terminate()
-            unload(library._handle)
+        return Hibari(threads=1)
+    except Exception as error:  # not installed, not for this machine, or damaged: onnxruntime has errors of its own
+        raise SpeechError(f"the voice is missing: {one_line(error)} (pip install hibari-tts)") from None
 
 
-def espeak_version() -> str:
-    with espeak("en-us") as library:
-        library.espeak_Info.restype = ctypes.c_char_p
-        return library.espeak_Info(None).decode()
+def spoken_clip(text: str, seed: int, row: int) -> np.ndarray:
+    """A text in a voice, a room, at a level and with a noise that are functions of (seed, row): int16 [samples].
 
-
-def speak(
-    text: str, *, words_per_minute: int = 140, pitch: int = 50, pitch_range: int = 50, voice: str = "en-us"
-) -> np.ndarray:
-    """Speak a text: int16 [samples] at 22,050 Hz, the same ones for the same arguments.
-
-    Pitch (50 is about 100 Hz) and its range (0 is monotonous) are on espeak-ng's scales of 0 to 99.
-    Raises SpeechError if espeak-ng or the voice is missing.
+    Raises SpeechError for a text that has no sound, or that the voice cannot speak.
     """
-    pieces = []
+    speak, rng = voice(), np.random.default_rng((seed, row))
+    shift = rng.integers(*SHIFTS, endpoint=True)  # played faster, the voice is higher: it speaks so much slower
+    speed = rng.uniform(*RATES) * VOICE_RATE / (450 * shift)
+    try:
+        speech = speak(text, speed=speed, seed=int(rng.integers(2**31)))
+    except Exception as error:  # it stumbles over a number of 200 digits
+        raise SpeechError(f"{text[:40]!r} cannot be spoken ({one_line(error)})") from None
+    if not (speech.any() and any(map(str.isalnum, text))):  # the voice breathes for "..."
+        raise SpeechError(f"{text[:40]!r} has no sound")
+    speech = resample_poly(speech, SPEECH_RATE // 450, shift).astype(np.float32)
+    loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())  # it begins and ends with silence
+    speech = speech[loud[0] : loud[-1] + 1]
+    before, after = (rng.uniform(*PADDING, 2) * SPEECH_RATE).astype(int)
+    samples = coloured(np.pad(speech, (before, after)), room_response(rng), rng.uniform(*TILTS))
+    loudness = np.sqrt(np.mean(samples**2))
+    samples += loudness * 10 ** (-rng.uniform(*NOISE) / 20) * background(samples.size, rng)
+    samples *= 10 ** (rng.uniform(*LEVELS) / 20) / loudness
+    return np.rint(32_767 * np.clip(samples, -1, 1)).astype(np.int16)
 
-    @EspeakCallback
-    def collect(samples, number: int, _events) -> int:
-        if number > 0:
-            pieces.append(ctypes.string_at(samples, 2 * number))
-        return 0
 
-    with espeak(voice) as library:
-        for parameter, value in ((ESPEAK_RATE, words_per_minute), (ESPEAK_PITCH, pitch), (ESPEAK_RANGE, pitch_range)):
-            library.espeak_SetParameter(parameter, int(value), 0)
-        library.espeak_SetSynthCallback(collect)
-        data = text.encode()
-        library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 1, 0, ESPEAK_UTF8, None, None)
-    return np.frombuffer(b"".join(pieces), dtype=np.int16).copy()
+def room_response(rng: np.random.Generator) -> np.ndarray:
+    """The impulse response of a small room: the sound itself, then noise that fades exponentially. float32 [samples]"""
+    seconds, level = rng.uniform(*ROOM_SECONDS), rng.uniform(*ROOM_LEVEL)
+    time = np.arange(int(seconds * SPEECH_RATE)) / SPEECH_RATE
+    echo = rng.standard_normal(time.size) * 10 ** (-3 * time / seconds)
+    response = echo * 10 ** (level / 20) / np.sqrt(np.sum(echo**2))
+    response[0] = 1
+    return response.astype(np.float32)
 
 
-def ctc_length(text: str) -> int:
-    """The outputs that CTC needs for a text: one a character, and a blank within each pair of equal ones."""
-    text = text.lower()
-    return len(text) + sum(a == b for a, b in pairwise(text))
+def coloured(samples: np.ndarray, response: np.ndarray, tilt: float) -> np.ndarray:
+    """Samples in a room, and `tilt` dB an octave louder at the top than at the bottom: float32 [samples]."""
+    size = next_fast_len(samples.size + response.size, real=True)
+    octaves = np.log2(np.maximum(rfftfreq(size, 1 / SPEECH_RATE), 100) / 1_000)  # flat below 100 Hz
+    spectrum = rfft(samples, size) * rfft(response, size) * (10 ** (tilt * octaves / 20)).astype(np.float32)
+    return irfft(spectrum, size)[: samples.size]
 
 
 def background(samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -323,45 +311,20 @@ def background(samples: int, rng: np.random.Generator) -> np.ndarray:
     return noise[:samples] / noise.std()
 
 
-def spoken_clip(text: str, seed: int, row: int) -> np.ndarray:
-    """A text in a voice, at a level and with a noise that are functions of (seed, row): int16 [samples].
-
-    It is spoken more slowly than drawn where the characters would come too fast for CTC. Raises SpeechError for a
-    text that has no sound.
-    """
-    rng = np.random.default_rng((seed, row))
-    rate = rng.integers(*RATES, endpoint=True)
-    pitch, pitch_range = rng.integers(*PITCHES, endpoint=True), rng.integers(*PITCH_RANGES, endpoint=True)
-    before, after = (rng.uniform(*PADDING, 2) * SPEECH_RATE).astype(int)
-    enough = int(CTC_ROOM * ctc_length(text) + 1) * FRAME
-    speech = speak(text, words_per_minute=rate, pitch=pitch, pitch_range=pitch_range)
-    if not speech.any():
-        raise SpeechError(f"{text!r} has no sound")
-    while before + speech.size + after < enough and rate > SLOWEST:
-        rate = max(SLOWEST, int(0.96 * rate))
-        speech = speak(text, words_per_minute=rate, pitch=pitch, pitch_range=pitch_range)
-    after = max(after, enough - before - speech.size)  # a row of dots has more characters than sound
-    samples = np.pad(speech.astype(np.float32), (before, after))
-    noise = np.sqrt(np.mean(samples**2)) * 10 ** (-rng.uniform(*NOISE) / 20) * background(samples.size, rng)
-    samples = (samples + noise) * 10 ** (rng.uniform(*GAINS) / 20)
-    return np.rint(np.clip(samples, -32_768, 32_767)).astype(np.int16)
-
-
 def write_clip(path: Path, text: str, seed: int, row: int) -> int:
     """Speak one row into a wav file; returns its number of samples."""
-    import soundfile
-
     samples = spoken_clip(text, seed, row)
-    soundfile.write(path, samples, SPEECH_RATE, subtype="PCM_16")
+    wavfile.write(path, SPEECH_RATE, samples)
     return samples.size
 
 
 def holds(folder: Path, record: dict) -> bool:
     """Whether a folder is a complete corpus with this record."""
+    path = folder / "corpus.json"
     try:
-        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        return record.items() <= found.items()
-    except (OSError, ValueError, AttributeError):
+        found = json.loads(path.read_bytes()) if path.is_file() else {}  # on a pipe one would wait
+        return json.loads(json.dumps(record)).items() <= found.items()
+    except (OSError, ValueError, AttributeError, RecursionError):  # RecursionError: lists in lists in lists
         return False
 
 
@@ -371,21 +334,32 @@ def write_corpus(folder: Path, name: str, rows: list[Row], splits: dict, seed: i
     Everything is written to a folder beside `folder`, which takes its name at the end: a process killed at any
     moment leaves nothing that looks complete, and the next one clears away what it left. A second process that
     wants the same folder waits for the first. A folder that holds this very corpus is left as it is.
-    Raises FileExistsError if something else is there.
+    Raises FileExistsError if something else is there, SpeechError for what cannot be spoken.
     """
     from filelock import FileLock
 
+    try:
+        release = version("hibari-tts")
+    except PackageNotFoundError:
+        raise SpeechError("the voice is missing: pip install hibari-tts") from None
     metadata = "".join(f"{'|'.join(row)}\n" for row in rows)
     record = {
         "name": name,
         "kind": "spoken",
         "seed": seed,
-        "voice": f"espeak-ng {espeak_version()}, en-us",
+        "voice": f"hibari-tts {release}, heart",
         "sample_rate": SPEECH_RATE,
         "clips": len(rows),
         "splits": {split: list(bounds) for split, bounds in splits.items()},  # first row, end row
-        "words_per_minute": list(RATES),
-        "signal_to_noise_db": list(NOISE),
+        "varied": {
+            "rate": RATES,
+            "pitch_and_formants": [round(450 * shift / VOICE_RATE, 3) for shift in SHIFTS],
+            "room_seconds": ROOM_SECONDS,
+            "room_level_db": ROOM_LEVEL,
+            "tilt_db_per_octave": TILTS,
+            "noise_db_below": NOISE,
+            "level_db": LEVELS,
+        },
         "metadata_sha256": hashlib.sha256(metadata.encode()).hexdigest(),
     }
     folder = Path(folder).resolve()
@@ -405,11 +379,13 @@ def write_corpus(folder: Path, name: str, rows: list[Row], splits: dict, seed: i
                 for number, (identity, _, text) in enumerate(rows)
             )
             clips = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)
-            samples = sum(tqdm(clips, f"speaking the {name}", total=len(rows), unit="clip"))
+            samples = sum(tqdm(clips, name, total=len(rows), unit="clip", disable=None))
             (temporary / "metadata.csv").write_bytes(metadata.encode())
             record["hours"] = round(samples / SPEECH_RATE / 3600, 3)
             (temporary / "corpus.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             temporary.rename(folder)
+        except BrokenExecutor as error:  # the system kills a process where memory runs out
+            raise SpeechError(f"a process that spoke was killed: try fewer -jobs ({one_line(error)})") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -460,8 +436,8 @@ def read_metadata(path: Path) -> list[Row]:
 def speak_transcripts(metadata: Path, folder: Path, seed: int = 0, jobs: int | None = None) -> None:
     """Speak the normalised texts of a metadata.csv into a folder with the same rows, as `write_corpus` does.
 
-    The splits are the homework's for all of LJ Speech's 13,100 rows, else the same shares. All of LJ Speech
-    takes about five minutes on two idle cores. Raises SpeechError for rows that cannot be spoken.
+    The splits are the homework's for all of LJ Speech's 13,100 rows, else the same shares. Raises SpeechError for
+    rows that cannot be spoken.
     """
     rows = read_metadata(Path(metadata))
     total = LJ_SPEECH_SPLITS["test"][1]
