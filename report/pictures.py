@@ -6,6 +6,7 @@ python report/pictures.py          report/figures/overview and report/figures/q3
 import numpy as np
 from readme import DECODERS, Q2_COMPARED, RESULT, ROOT, SPEECH, NotRecorded, q2_balanced, q3_pairs, read
 
+import asr
 import utils  # found because readme.py puts ROOT on the path
 
 FIGURES = ROOT / "report" / "figures"
@@ -90,7 +91,7 @@ def draw_curves() -> None:
     """Loss and similarities over the epochs of the first seed, as in the notebook."""
     (data, preset), rows = next(iter(q3_pairs(RESULT).items()))
     histories = {DECODERS[row["decoder"]]: read(f"q3/{row['files'][0]}")["history"] for row in rows}
-    utils.save_figure(utils.plot_speech_curves(histories, f"{data}, {preset}"), FIGURES / "q3" / "curves")
+    utils.save_figure(asr.plot_speech_curves(histories, f"{data}, {preset}"), FIGURES / "q3" / "curves")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ RESULTS = ROOT / "results"
 sys.path[:0] = str(ROOT), str(ROOT / "benchmarks")
 
 from offline_data import OCTMNIST_CLASS_COUNTS
-from runs import Parser, summarise_speech_runs
+from asr import summarise_speech_runs
+from runs import Parser
 
 
 class NotRecorded(Exception):
