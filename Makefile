@@ -30,17 +30,11 @@ q2: $(READY)    ## question 2: train on OCTMNIST, or on phantoms where it cannot
 q2-grid: $(READY)  ## question 2, whole: three rates, the choice, no max-pool, three seeds
 	$(BIN)/python hw2-q2.py -grid -seeds 42 43 44 -jobs 2 $(ARGS)
 
-# Question 3 is a notebook: papermill runs it from top to bottom, nbconvert makes a page of the result.
-PAPERMILL := $(BIN)/papermill hw2-q3.ipynb --kernel python3 --log-output --no-progress-bar
-
-q3: $(READY)    ## question 3: both decoders, on LJ Speech or a spoken corpus (10 minutes, or hours)
-	@mkdir -p runs/q3
-	$(PAPERMILL) runs/q3/hw2-q3.ipynb $(ARGS)
-	$(BIN)/jupyter nbconvert --log-level ERROR --to html runs/q3/hw2-q3.ipynb
-	@echo "open runs/q3/hw2-q3.html: curves, tables, alignments, transcripts"
+q3: $(READY)    ## question 3: both decoders on a spoken corpus (10 minutes), or on LJ Speech if it is in data/
+	$(BIN)/python run_notebook.py $(ARGS)
 
 lab: $(READY)   ## the notebook of question 3 in Jupyter
-	$(BIN)/jupyter lab hw2-q3.ipynb
+	$(BIN)/jupyter lab $(ARGS) hw2-q3.ipynb
 
 test: lint      ## lint and all tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -94,43 +88,32 @@ q2-records: $(READY)  ## question 2: every record that the README quotes (REAL=s
 # LJ Speech, or a part of it, in its own layout; the texts of all its clips.
 REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
-RECORDED := -p records_dir results/q3 -p extra_clips 150
+RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir results/q3 -p extra_clips 150
 
 q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH=LJSpeech-1.1)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
-	@mkdir -p runs/q3
-	$(PAPERMILL) runs/q3/seed42.ipynb $(RECORDED) -p data spoken -p seed 42
-	$(PAPERMILL) runs/q3/seed43.ipynb $(RECORDED) -p data spoken -p seed 43
-	$(PAPERMILL) runs/q3/seed44.ipynb $(RECORDED) -p data spoken -p seed 44
-	$(PAPERMILL) runs/q3/memorise.ipynb $(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 \
-	    -y '{overrides: {epochs: 120, warmup_steps: 50}}'
+	$(RECORDED) -p data spoken -p seed 42
+	$(RECORDED) -p data spoken -p seed 43
+	$(RECORDED) -p data spoken -p seed 44
+	$(RECORDED) -p data spoken -p preset homework
+	$(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 -y '{overrides: {epochs: 120, warmup_steps: 50}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
 	$(BIN)/python benchmarks/run_q3.py -out results/q3/run.json
-	$(PAPERMILL) runs/q3/homework42.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 42
-	$(PAPERMILL) runs/q3/homework43.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 43
-	$(PAPERMILL) runs/q3/homework44.ipynb $(RECORDED) -p data spoken -p preset homework -p seed 44
 	$(BIN)/python report/transcripts.py
 
 # One run of each, to compare with seed 42: what the parts of the preset `improved` are worth.
-ABLATED := $(PAPERMILL) runs/q3/ablated.ipynb $(RECORDED) -p data spoken -y
+ABLATED := $(RECORDED) -p data spoken -y
 q3-ablations: $(READY)  ## question 3: what single changes of the preset are worth (an hour; resumes)
-	@mkdir -p runs/q3
 	$(ABLATED) '{overrides: {guide_weight: 0}}'
 	$(ABLATED) '{overrides: {ctc_weight: 0, guide_weight: 0}}'
-	$(ABLATED) '{overrides: {kernel_size: 3}}'
-	$(ABLATED) '{overrides: {scale_positions: false}}'
-	$(ABLATED) '{overrides: {block_form: pre-norm}}'
+	$(ABLATED) '{overrides: {mel_shift: 0}}'
 	$(ABLATED) '{overrides: {spec_augment: true}}'
-	$(ABLATED) '{overrides: {dropout: 0.1}}'
-	$(ABLATED) '{overrides: {average_epochs: 3}}'
-	$(ABLATED) '{overrides: {attention_window: 1}}'
 	$(BIN)/python report/transcripts.py
 
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=metadata.csv)
 	$(call needs,TEXTS,path/to/metadata.csv)
-	@mkdir -p runs/q3
 	$(BIN)/python -m offline_data.speech -transcripts $(TEXTS) -out data/lj-text
-	$(PAPERMILL) runs/q3/lj-text.ipynb $(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12, attention_window: 1}}' $(ARGS)
+	$(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12, attention_window: 1}}' $(ARGS)
 	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where

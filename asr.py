@@ -21,12 +21,15 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA: we fork later
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
 
 from runs import (
+    LEFTOVER,
     InputError,
     end_with,
     load_checkpoint,
@@ -155,9 +158,9 @@ class SpeechRun:
 
     def record(self) -> dict:
         """The record of a finished run. Raises InputError where it is damaged or of another run."""
-        path = self.folder / "record.json"
-        record = read_json(path)
-        with reading(path, "the record of this run: delete it to score the run again"):
+        path, what = self.folder / "record.json", "the record of this run: delete it to score the run again"
+        record = read_json(path, what)
+        with reading(path, what):
             config = {"decoder": self.decoder, **self.identity["settings"]}
             check_parts(record["config"], config)
             check_parts(record, {key: self.identity[key] for key in ("seed", "dataset")})
@@ -177,9 +180,9 @@ class SpeechRun:
 
     def transcripts(self) -> dict[str, dict[str, str]]:
         """What the trained network writes, by test split and clip. Raises InputError where the file is damaged."""
-        path = self.folder / "transcripts.json"
-        texts = read_json(path, "transcripts")
-        with reading(path, "the transcripts of this run: delete it to score the run again"):
+        path, what = self.folder / "transcripts.json", "the transcripts of this run: delete it to score the run again"
+        texts = read_json(path, what)
+        with reading(path, what):
             for split in self.test_splits:
                 if not all(texts[split][clip.id].isprintable() for clip in self.cache.clips(split)):
                     raise ValueError("a transcript that is no line of text")
@@ -197,25 +200,27 @@ class SpeechRun:
         """Replace the checkpoint by one of this moment. Raises InputError for a network that has diverged."""
         if not math.isfinite(history[-1]["val"]["loss"]):
             raise InputError(f"{self.decoder}: the loss diverged in epoch {len(history)}: try a lower learning_rate")
-        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
         with self.writing():
             save_checkpoint(self.folder / "last.pt", self.identity | states | {"history": history})
 
     def resume(self, model: Any, optimizer: Any) -> list[dict]:
         """Load the checkpoint, if there is one, into model and optimizer; returns the epochs so far."""
-        path = self.folder / "last.pt"
+        path, what = self.folder / "last.pt", "a checkpoint of this run: delete it to train again"
         if not path.exists():
             return []
-        checkpoint = load_checkpoint(path, {*self.identity, "model", "optimizer", "history"})
-        with reading(path, "a checkpoint of this run: delete it to train again"):
+        checkpoint = load_checkpoint(path, {*self.identity, "model", "optimizer", "history"}, what)
+        with reading(path, what):
             check_parts(checkpoint, self.identity)
             check_history(checkpoint["history"], self.settings.epochs)
             model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for parameter in model.parameters():  # which load_state_dict does not compare
-                averages = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
-                if {average.shape for average in averages} != {parameter.shape}:
-                    raise ValueError("the optimizer's averages do not fit the network")
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+            batches = math.ceil(len(self.cache.clips("train")) / self.settings.batch_size)
+            for parameter in model.parameters():  # load_state_dict does not look
+                state = optimizer.state[parameter]
+                fits = {state[name].shape for name in ("exp_avg", "exp_avg_sq")} == {parameter.shape}
+                if not fits or state["step"] != len(checkpoint["history"]) * batches:
+                    raise ValueError("the optimizer's averages do not fit")
         return checkpoint["history"]
 
     def finish(self, model: Any, history: list[dict], scored: dict[str, tuple[dict, list[str]]], accelerator) -> None:
@@ -297,6 +302,9 @@ def train_all(train: Callable, runs: list[SpeechRun], on_cpu: bool, processes: i
     with contextlib.ExitStack() as locks:
         for run in runs:
             locks.enter_context(lock_folder(run.folder))
+            for path in run.folder.iterdir():
+                if LEFTOVER.fullmatch(path.name):  # of a process that was killed while it wrote
+                    path.unlink(missing_ok=True)
         if on_cpu and processes == 1:
             for run, history in train_at_once(train, runs) if runs else ():
                 print(progress(run, history), flush=True)
@@ -729,5 +737,5 @@ def plot_error_kinds(errors: dict[str, Counter], characters: int, title: str) ->
     axes.invert_yaxis()
     axes.set(title=title, xlabel="% of the characters that were said")
     axes.margins(x=0.12)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

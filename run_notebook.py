@@ -72,33 +72,18 @@ def write_page(notebook, path: Path) -> None:
     write_whole(path, page.encode())
 
 
-def last_words(records: list[Path]) -> str: ...
-
-
 def run(args: argparse.Namespace) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    given = read_parameters(args)
+    given, result = read_parameters(args), args.out / NOTEBOOK.name
     args.out.mkdir(parents=True, exist_ok=True)
-    result = args.out / NOTEBOOK.name
-    print(f"running {NOTEBOOK.name}", flush=True)
+    options = {"kernel_name": "python3", "progress_bar": False, "cwd": NOTEBOOK.parent, "stdout_file": sys.stdout}
     try:
-        notebook = papermill.execute_notebook(
-            NOTEBOOK,
-            result,
-            given,
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=NOTEBOOK.parent,
-            stdout_file=sys.stdout,
-        )
+        notebook = papermill.execute_notebook(NOTEBOOK, result, given, **options)
     except PapermillExecutionError as error:
-        raise InputError(
-            f"{error.evalue}"
-            if error.ename in ("InputError", "Elsewhere")
-            else f"{error.ename}: {one_line(error.evalue)} (see {result})"
-        ) from None
+        name = "" if error.ename in ("InputError", "Elsewhere") else f"{error.ename} in {result}: "
+        raise InputError(f"{name}{one_line(error.evalue)}") from None
     write_page(notebook, result.with_suffix(".html"))
     print(f"open {result.with_suffix('.html')}: curves, tables, alignments, transcripts")
 

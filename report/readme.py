@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 sys.path[:0] = str(ROOT), str(ROOT / "benchmarks")
 
-from offline_data import OCTMNIST_CLASS_COUNTS
 from asr import summarise_speech_runs
+from offline_data import OCTMNIST_CLASS_COUNTS
 from runs import Parser
 
 
