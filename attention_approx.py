@@ -494,7 +494,8 @@ def _prepare(q, k, v, scale=1.0, causal=False, key_mask=None, center=False) -> _
         keys, w = (x.masked_fill(~keep[:, None], 0) for x in (keys, w))  # NaN in a masked key must not matter either
         seen = keep.to(accumulate)
     last_seen = torch.arange(q.shape[-2], device=q.device).clamp(max=k.shape[-2] - 1) if causal else None
-    counts = seen.cumsum(-1)[:, last_seen] if causal else seen.sum(-1, keepdim=True)
+    # Whole numbers: exact beyond 2^24 keys, and on a GPU sums of floats in turn are not deterministic.
+    counts = seen.cumsum(-1, dtype=torch.long)[:, last_seen].to(accumulate) if causal else seen.sum(-1, keepdim=True)
     if center:
         keys = (keys - keys.sum(-1, keepdim=True) / counts[:, None]).masked_fill(seen[:, None] == 0, 0)
     return _Inputs(queries, keys, w, counts, last_seen, batch, q.dtype)

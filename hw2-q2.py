@@ -308,16 +308,18 @@ def shift_and_flip(images: Tensor, max_shift: int = 2) -> Tensor:
 CHUNK = 128  # batches gathered and scaled at once; the loss is looked at as rarely
 
 
-def train_epoch(model, optimizer, images, labels, config, epoch=0, average=None, progress=None) -> float:
+def train_epoch(model, optimizer, images, labels, config, epoch=0, average=None, progress=None, graphs=None) -> float:
     """Train once over uint8 images [N, 28, 28] and labels [N]. Returns the mean loss over the epoch's examples.
 
     `epoch` counts from 0. `average`, if any, follows the weights of the model; `progress` is a tqdm bar of steps.
+    `graphs` is a dict that keeps a model's CUDA graphs from epoch to epoch.
     """
     strong, size = config.recipe == "strong", config.batch_size
     model.train()
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1) if strong else nn.NLLLoss()
     order = balanced_order(labels.cpu()) if strong else shuffled_order(len(labels))
-    steps_an_epoch, networks, num_done, loss_sum = math.ceil(len(labels) / size), {}, 0, 0.0
+    networks = {} if graphs is None else graphs
+    steps_an_epoch, num_done, loss_sum = math.ceil(len(labels) / size), 0, 0.0
     step = epoch * steps_an_epoch
     for chunk in order.to(images.device).split(CHUNK * size):
         inputs = images[chunk].div(256).unsqueeze(1)  # [chunk, 1, 28, 28]; the course divides by 256, not 255
@@ -331,7 +333,7 @@ def train_epoch(model, optimizer, images, labels, config, epoch=0, average=None,
                 optimizer.param_groups[0]["lr"] = rate
             elif x.is_cuda:  # at batch size 8, launching the kernels takes longer than running them: CUDA graphs
                 if len(x) not in networks:  # a whole batch and the ragged last one
-                    with torch.random.fork_rng():  # what is captured must not draw dropout's numbers
+                    with torch.random.fork_rng([x.device]):  # what is captured must not draw dropout's numbers
                         networks[len(x)] = torch.cuda.make_graphed_callables(nn.Sequential(model), (x.clone(),))
                 network = networks[len(x)]
             losses.append(train_batch(x, y, network, optimizer, criterion))
@@ -443,6 +445,7 @@ def train(
 def train_locked(config: Config, data: OctData, folder: Path, device: torch.device, verbose: bool, build) -> dict:
     """`train` in a folder that is locked: from the start, or from last.pt where that is."""
     utils.set_seed(config.seed)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as on a CPU; the default rounds to 10 bits
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
     model = build(config).to(device)
     state, average, network = {"model": model, "optimizer": make_optimizer(config, model)}, None, model
@@ -451,7 +454,7 @@ def train_locked(config: Config, data: OctData, folder: Path, device: torch.devi
         state, network = state | {"average": average}, average.module
     state["network"] = best = copy.deepcopy(network)  # as after the best epoch so far
 
-    history, seconds, last = [], 0.0, folder / "last.pt"
+    history, seconds, last, graphs = [], 0.0, folder / "last.pt", {}
     if last.exists():
         history, seconds = go_back_to(last, state, identity(config, data), device)
     steps = math.ceil(len(splits["train"][1]) / config.batch_size)
@@ -460,7 +463,7 @@ def train_locked(config: Config, data: OctData, folder: Path, device: torch.devi
     with bar as progress:
         for epoch in range(len(history), config.epochs):
             started = time.perf_counter()
-            loss = train_epoch(model, state["optimizer"], *splits["train"], config, epoch, average, progress)
+            loss = train_epoch(model, state["optimizer"], *splits["train"], config, epoch, average, progress, graphs)
             val = evaluate(network, *splits["val"])
             seconds += time.perf_counter() - started
             metrics = {f"val_{name}": val[name] for name in ("loss", "accuracy", "balanced_accuracy", "macro_auc")}
