@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from runs import Parser, number, reading, run_script
+from runs import Parser, number, one_line, reading, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,11 +45,14 @@ import os
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import attention_approx as q1
@@ -409,28 +412,139 @@ def draw(record: dict, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Long sequences on a GPU
+# Long sequences on a GPU, for `-device` and for bench_gpu.py
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]  # not by matmul
+LONGEST_CALL = 300  # ms: what is expected to take longer is left out
+FEATURES, DIRECT = (partial(q1.taylor_attention, method=method) for method in ("features", "direct"))
 
 
-def measure_lengths(device: torch.device, lengths: list[int], rounds: int) -> list[dict]:
-    """Milliseconds of fused softmax and Taylor attention, B = 1 and H = 8, forward and with backward."""
+def call_ms(call: Callable, calls: int = 1) -> float:
+    """Milliseconds a call, by CUDA events where there is a GPU, else by the clock."""
+    if not torch.cuda.is_available():
+        return 1e3 * timeit.timeit(call, number=calls) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def device_costs(forms: dict[str, Callable], rounds: int) -> dict[str, dict]:
+    """The median time of a call in "ms" by form, and on a GPU its peak memory in "mib".
+
+    The forms take turns after a warm-up. Short calls are repeated for 5 ms; long ones have three rounds at most.
+    """
+    warm_up = {name: call_ms(form) for name, form in forms.items()}
+    again = {name: call_ms(form) if warm_up[name] < 500 else warm_up[name] for name, form in forms.items()}
+    calls = {name: max(1, min(50, int(5 / ms))) for name, ms in again.items()}
+    times = {name: [] for name in forms}
+    for turn in range(min(rounds, 3) if max(again.values()) > 100 else rounds):
+        for name in [*forms][:: -1 if turn % 2 else 1]:
+            times[name].append(call_ms(forms[name], calls[name]))
+    costs = {"ms": {name: statistics.median(values) for name, values in times.items()}}
+    if torch.cuda.is_available():
+        costs["mib"] = {name: peak_memory(form, "cuda") / 2**20 for name, form in forms.items()}
+    return costs
+
+
+def device_inputs(device: torch.device, dtype: str, dim: int, heads: int, length: int) -> list[Tensor]:
+    """q, k, v [1, heads, length, dim] as `tokens` has them, made on the device."""
+    torch.manual_seed(42)
+    scales = 0.5 * dim**-0.25, 0.5 * dim**-0.25, 1.0
+    made = (scale * torch.randn(1, heads, length, dim, device=device) for scale in scales)
+    return [x.to(DTYPES[dtype]).requires_grad_() for x in made]
+
+
+def attend(attention: Callable, backward: bool, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The output z, and with `backward` the gradients of |z|² / 2."""
+    with torch.set_grad_enabled(backward):
+        z = attention(q, k, v)
+        return [z, *(torch.autograd.grad(z, (q, k, v), z.detach()) if backward else ())]
+
+
+def relative_difference(x: Tensor, reference: Tensor) -> float | None:
+    """The largest difference over the largest number of the reference; None where one is not finite."""
+    x, reference = x.detach().double().cpu(), reference.detach().double().cpu()
+    value = float((x - reference).abs().max() / reference.abs().max())
+    return value if math.isfinite(value) else None
+
+
+def device_agreement(
+    device: torch.device, dims: list[int], length: int, leave_out: Callable[[str], None]
+) -> list[dict]:
+    """Relative differences of outputs and gradients from float64 on the CPU, two heads."""
+    forms = {q1.SOFTMAX: (softmax, q1.softmax_attention), "features": (FEATURES, DIRECT), "direct": (DIRECT, DIRECT)}
     rows = []
-    for dtype, dim, length in itertools.product((torch.float32, torch.bfloat16), (16, 64), lengths):
-        data = [x.to(device, dtype) for x in tokens(length, dim, (1, 8))]
-        row = {"dtype": str(dtype).removeprefix("torch."), "dim": dim, "length": length}
-        forms = {"softmax, fused": softmax, "Taylor": q1.taylor_attention}
-        with torch.no_grad():
-            forward = {name: lambda form=form: form(*data) for name, form in forms.items()}  # noqa: B023
-            row["forward"] = compare(forward, rounds)
-        backward = {name: with_backward(form, *data) for name, form in forms.items()}
-        row["backward"] = compare(backward, rounds)
-        rows.append(row)
-        shares = ", ".join(
-            f"{part} {row[part]['ms']['Taylor']:.2f} ms ({row[part]['ratio']['Taylor']:.3g} of fused softmax)"
-            for part in ("forward", "backward")
-        )
-        print(f"{row['dtype']:9s} D = {dim:2d}, L = {length:7,d}: {shares}", flush=True)
+    for dim, dtype, (name, (form, exact)) in itertools.product(dims, DTYPES, forms.items()):
+        inputs = device_inputs(device, dtype, dim, 2, length)
+        try:
+            with sdpa_kernel(FUSED):
+                found = attend(form, True, *inputs)
+        except RuntimeError as error:  # no fused kernel, as for bfloat16 on GPUs before 2020
+            leave_out(f"agreement of {name}, D = {dim}, {dtype}; {one_line(error, 90)}")
+            continue
+        expected = attend(exact, True, *(x.detach().double().cpu().requires_grad_() for x in inputs))
+        errors = dict(zip(("output", "q", "k", "v"), map(relative_difference, found, expected), strict=True))
+        rows.append({"dtype": dtype, "dim": dim, "form": name} | errors)
     return rows
+
+
+def device_curves(
+    device: torch.device,
+    sizes: tuple[list[int], list[int], list[int]],
+    rounds: int,
+    left: Callable[[], float] = lambda: math.inf,
+    leave_out: Callable[[str], None] = print,
+) -> list[dict]:
+    """Times and memory against L for all dtypes, forward and with backward; `sizes` are numbers of heads, D and L.
+
+    What has no time (`left()` seconds), no memory or no fused kernel is told to `leave_out`. With one head, the two
+    methods of Taylor attention are timed as well: they say where "auto" should change over.
+    """
+    curves = []
+    for backward, heads, dim, dtype in itertools.product((False, True), sizes[0], sizes[1], DTYPES):
+        name = f"attention, H = {heads}, D = {dim}, {dtype}, {'with backward' if backward else 'forward'}"
+        forms, points = {q1.SOFTMAX: softmax, q1.TAYLOR: q1.taylor_attention}, []
+        if heads == 1 and not backward:
+            forms |= {"features": FEATURES, "direct": DIRECT}
+        for length in sizes[2]:
+            for form, ms in points[-1]["ms"].items() if points else ():
+                if ms * (4 if form in (q1.SOFTMAX, "direct") else 2) > LONGEST_CALL:
+                    del forms[form]
+                    leave_out(f"{name}: {form} from L = {length:,} on; the length before took {ms:.0f} ms")
+            if not forms:
+                break
+            try:
+                if left() < 0:
+                    raise RuntimeError("no time is left")
+                data = device_inputs(device, dtype, dim, heads, length)
+                calls = {form: partial(attend, function, backward, *data) for form, function in forms.items()}
+                with sdpa_kernel(FUSED):
+                    points.append({"length": length} | device_costs(calls, rounds))
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                leave_out(f"{name}: L = {length:,} and more; {one_line(error, 90)}")
+                break
+            finally:
+                data = calls = None  # the next length needs the memory
+        both = [point for point in points if {q1.SOFTMAX, q1.TAYLOR} <= point["ms"].keys()]
+        curve = {"heads": heads, "backward": backward, "dim": dim, "dtype": dtype, "points": points}
+        curves.append(curve | {"crossover": crossover(both) if both else None})
+        if both:
+            ms = both[-1]["ms"]
+            at = f"{ms[q1.TAYLOR]:.2f} ms, fused softmax {ms[q1.SOFTMAX]:.2f} ms at L = {both[-1]['length']:,}"
+            print(f"{name}: Taylor {at}; {curve_crossover(curves[-1])}", flush=True)
+    return curves
+
+
+def curve_crossover(curve: dict) -> str:
+    if curve["crossover"]:
+        return f"faster from L = {curve['crossover']:,.0f} on"
+    last = [p["ms"] for p in curve["points"] if {q1.SOFTMAX, q1.TAYLOR} <= p["ms"].keys()][-1]
+    return "faster at all lengths" if last[q1.TAYLOR] < last[q1.SOFTMAX] else "not faster"
 
 
 def measure_bars(args: argparse.Namespace) -> dict:
@@ -465,7 +579,10 @@ def run(args: argparse.Namespace) -> None:
         record = {"config": config} | record | {"seed": config["seeds"][0], "seconds": time.perf_counter() - started}
     elif args.lengths or device.type != "cpu":
         config = {"lengths": args.lengths or [2**n for n in range(10, 18)], "rounds": args.rounds or 5}
-        record = {"config": config, "rows": measure_lengths(device, config["lengths"], config["rounds"])}
+        record = {
+            "config": config,
+            "curves": device_curves(device, ([8], [16, 64], config["lengths"]), config["rounds"]),
+        }
     else:
         record = measure_bars(args)
     if args.out:

@@ -237,8 +237,51 @@ def test_the_benchmark_measures_the_curves_of_the_report(tmp_path):
 def test_the_benchmark_measures_long_sequences_on_a_device(tmp_path):
     done, record = run_bench(tmp_path, "-device", "cpu", "-lengths", "16", "32", "-rounds", "1")
     assert done.returncode == 0 and record["device"] == "cpu"
-    assert [(row["dtype"], row["dim"], row["length"]) for row in record["rows"]] == [
-        (dtype, dim, length) for dtype in ("float32", "bfloat16") for dim in (16, 64) for length in (16, 32)
+    assert [(curve["backward"], curve["dim"], curve["dtype"]) for curve in record["curves"]] == [
+        (backward, dim, dtype) for backward in (False, True) for dim in (16, 64) for dtype in ("float32", "bfloat16")
     ]
-    for row in record["rows"]:
-        assert f"{row['forward']['ms']['Taylor']:.2f} ms" in done.stdout
+    for curve in record["curves"]:
+        assert [point["length"] for point in curve["points"]] == [16, 32]
+        assert f"Taylor {curve['points'][-1]['ms']['Taylor']:.2f} ms" in done.stdout
+
+
+def test_what_takes_too_long_or_finds_no_memory_is_left_out(monkeypatch):
+    """Softmax is to take more than 300 ms at the last length; Taylor attention gets there, but finds no memory."""
+
+    def costs(calls, rounds):
+        length = next(iter(calls.values())).args[2].shape[2]
+        if length > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"ms": {name: length / pace if name == "Taylor" else length**2 / 200 for name in calls}}
+
+    monkeypatch.setattr(bench_q1, "device_costs", costs)
+    lines, sizes, pace = [], ([1], [4], [50, 100, 200, 400]), 2
+    curves = bench_q1.device_curves(torch.device("cpu"), sizes, 1, leave_out=lines.append)
+    assert [len(curve["points"]) for curve in curves] == [3] * 4
+    assert [*curves[0]["points"][-1]["ms"]] == ["softmax, fused", "Taylor", "features", "direct"]
+    assert [*curves[2]["points"][-1]["ms"]] == ["softmax, fused", "Taylor"]  # the methods apart: forward only
+    assert curves[0]["crossover"] == pytest.approx(100)
+    assert sum("softmax, fused from L = 400 on; the length before took 200 ms" in line for line in lines) == 4
+    assert sum("L = 400 and more; CUDA out of memory" in line for line in lines) == 4
+
+    pace, lines = 1, []  # now no form is left at the last length
+    curves = bench_q1.device_curves(torch.device("cpu"), sizes, 1, leave_out=lines.append)
+    assert [len(curve["points"]) for curve in curves] == [3] * 4 and not any("memory" in line for line in lines)
+    assert sum("Taylor from L = 400 on; the length before took 200 ms" in line for line in lines) == 4
+
+    late = bench_q1.device_curves(torch.device("cpu"), sizes, 1, lambda: -1.0, lines.append)
+    assert not any(curve["points"] for curve in late) and "no time is left" in lines[-1]
+
+
+def test_a_device_without_a_fused_kernel_still_tells_of_taylor_attention(monkeypatch):
+    def softmax(*_):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(bench_q1, "softmax", softmax)
+    lines = []
+    rows = bench_q1.device_agreement(torch.device("cpu"), [4], 30, lines.append)
+    assert [(row["form"], row["dtype"]) for row in rows] == [
+        (form, dtype) for dtype in ("float32", "bfloat16") for form in ("features", "direct")
+    ]
+    assert len(lines) == 2 and "No available kernel" in lines[0]
+    assert all(max(row[name] for name in ("output", "q", "k", "v")) < 1e-5 for row in rows if row["dtype"] == "float32")
