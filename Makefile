@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
 
-.PHONY: help q1 q2 q2-grid q3 lab test lint bench clean
+.PHONY: help q1 q2 q2-grid q3 lab test lint bench bench-gpu clean
 .PHONY: q1-records q2-records q3-records q3-ablations q3-lj-text records weights readme report
 
 help:           ## this list
@@ -45,6 +45,9 @@ lint: $(READY)  ## ruff: lint and format
 
 bench: $(READY) ## our code against the plain way (after `make q3 ARGS="-p data spoken"`)
 	$(MAKE) --keep-going -j1 bench-q1 bench-q2 bench-q3
+
+bench-gpu: $(READY)  ## all questions on one GPU: speed, memory, agreement with the CPU (6 minutes)
+	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)
 
 bench-%: $(READY)
 	$(BIN)/python benchmarks/bench_$*.py

@@ -419,6 +419,7 @@ ORIGIN = {"command", "versions", "git", "date"}
 EVERY_RUN = ORIGIN | {"config", "dataset", "history", "seed", "seconds", "device", "threads"}
 LACKING = {  # records that are no training of one network, and what they have no use for
     "q1.json": {"history"},  # nothing is trained
+    "gpu.json": {"history"},  # the parts have losses of their own
     "*bench.json": {"history", "seed", "seconds"},  # of speed: what they time is seeded in their code, rounds are told
     "q2/*/grid.json": {"history", "seed"},  # `seeds`; the history is in the record of each run beside it
     "q2/pooling-*.json": {"history", "seed"},  # `seeds`; a history for each network and seed
