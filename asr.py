@@ -14,6 +14,8 @@ import math
 import os
 import re
 import shlex
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -145,8 +147,7 @@ class SpeechRun:
     @property
     def record_name(self) -> str:
         """What its record is called under results/."""
-        window = self.settings.attention_window
-        return self.folder.name + ("" if window is None else f"-window{window:g}")
+        return self.folder.name + ("-other-window" if "attention_window" in self.changes else "")
 
     def is_finished(self) -> bool:
         """Whether it is trained, and scored as the settings decode. Raises InputError for a damaged record."""
@@ -313,10 +314,39 @@ def train_all(train: Callable, runs: list[SpeechRun], on_cpu: bool, processes: i
             if processes == 1:
                 train(run, on_cpu)
             else:
-                from accelerate import notebook_launcher
+                share_training(train, run, on_cpu, processes)
 
-                os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # processes of one machine need no other network
-                notebook_launcher(train, (run, on_cpu), num_processes=processes, master_addr="127.0.0.1")
+
+def share_training(train: Callable, run: SpeechRun, on_cpu: bool, processes: int) -> None:
+    """Train one run in several forked processes, which find each other through a file: nothing listens on a network."""
+    from torch.multiprocessing import ProcessRaisedException, start_processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = train, run, on_cpu, processes, Path(folder, "store")
+        try:
+            start_processes(take_part, arguments, nprocs=processes, start_method="fork")
+        except ProcessRaisedException as error:
+            raise InputError(f"{run.decoder}: {str(error).strip().splitlines()[-1]}") from None
+
+
+def take_part(rank: int, train: Callable, run: SpeechRun, on_cpu: bool, processes: int, store: Path) -> None:
+    """One process of `share_training`: Accelerate reads from the environment which one it is."""
+    import torch
+
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+    } | loopback
+    backend = "gloo" if on_cpu else "nccl"
+    torch.distributed.init_process_group(backend, init_method=store.as_uri(), rank=rank, world_size=processes)
+    if rank:
+        sys.stdout = io.StringIO()
+    train(run, on_cpu)
+    torch.distributed.destroy_process_group()
 
 
 def train_at_once(train: Callable, runs: list[SpeechRun]) -> Iterator[tuple[SpeechRun, list[dict]]]:

@@ -230,7 +230,7 @@ def checksum(tensors: dict, text: str) -> str:
 # The folder of a run
 
 LOCK = ".lock"
-LEFTOVER = re.compile(r"\.\w+\.(json|pt|png|svg)\.\d+\.part")  # what `write_whole` leaves when it is killed
+LEFTOVER = re.compile(r"\.\w+\.(json|pt|png|svg|safetensors)\.\d+\.part")  # what `write_whole` leaves when it is killed
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from offline_data import OCT_CLASSES, SPEECH_RATE
 from runs import InputError, check_is_file, one_line, read_json, reading, write_json, write_whole

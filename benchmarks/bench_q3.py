@@ -31,7 +31,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-rounds", type=number(int, 1), default=3)
     parser.add_argument("-data", default="spoken", help="to train on: ljspeech, spoken, or a folder")
     parser.add_argument("-data_dir", type=Path, default=Path("data"))
-    parser.add_argument("-checkpoints", type=Path, nargs=2, metavar=("LSTM", "TRANSFORMER"), help="two files model.pt")
+    parser.add_argument(
+        "-checkpoints", type=Path, nargs=2, metavar=("LSTM", "TRANSFORMER"), help="two files model.safetensors"
+    )
     parser.add_argument("-checkpoint_data", default="spoken", help="what the networks of -checkpoints were trained on")
     parser.add_argument("-out", type=Path, help="write a record")
     return parser.parse_args(arguments)
@@ -53,25 +55,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+import asr
 import runs
 import utils
 
 q3 = utils.notebook_definitions(Path(__file__).parents[1] / "hw2-q3.ipynb")
 
-NAMES = {"lstm": "LSTM", "transformer": "transformer"}
 TRAINING_BAR, DECODING_BAR = 12, 15  # so many times as fast
 PADDED_SECONDS, PADDED_FRAMES, PADDED_HOP, PADDED_TOKENS = 20, 2754, 160, 99  # of the course's skeleton
 TRAINING_BATCH, TRAINING_BATCHES, FASTEST_BATCH = 8, 4, 2
 DECODING_CLIPS, DECODING_BATCH = 32, 16  # the skeleton tests with batches of 16
 LEAST_SECONDS = 2.0
 SEED = 42
-
-
-def quiet(*arguments, **options) -> tqdm:
-    return tqdm(*arguments, **options | {"disable": True})
-
-
-q3.tqdm = quiet  # a bar for each step would be in the way
 
 
 def interleave(ways: dict[str, Callable], rounds: int) -> tuple[dict, dict]:
@@ -107,7 +102,7 @@ class OurTraining:
         )
         self.accelerator = Accelerator(cpu=True, mixed_precision="no")
         self.objective, self.optimizer = self.accelerator.prepare(q3.Objective(model, settings), optimizer)
-        self.run = q3.Run(decoder, settings, "improved", SEED, cache.corpus, cache, Path())
+        self.run = asr.SpeechRun(decoder, "improved", settings, {}, SEED, cache, Path())
         self.batches = batches
 
     def __call__(self) -> float:
@@ -232,6 +227,7 @@ def course_generate(
 
 
 def compare_decoding(model, cache: utils.FeatureCache, rounds: int) -> dict:
+    model.settings = replace(model.settings, attention_window=None)  # the course's way has none
     clips = cache.clips("test")
     clips = clips[:: max(1, len(clips) // DECODING_CLIPS)][:DECODING_CLIPS]
     batches = [q3.collate(b, cache, model.vectorizer, "cpu") for b in q3.in_batches(clips, cache, DECODING_BATCH)]
@@ -271,11 +267,11 @@ def load_speech(source: str, data_dir: Path) -> utils.FeatureCache:
 
 def find_checkpoints(cache: utils.FeatureCache) -> list[Path]:
     """Those of the finished runs of `make q3` on the clips of `cache`. Raises InputError if there are none."""
-    improved = q3.PRESETS["improved"]
-    runs = [q3.Run(d, improved, "improved", SEED, cache.corpus, cache, Path("runs/q3")) for d in NAMES]
-    if not all(run.is_finished for run in runs):
+    shared = "improved", q3.PRESETS["improved"], {}, SEED, cache, Path("runs/q3")
+    runs = [asr.SpeechRun(decoder, *shared) for decoder in q3.NAMES]
+    if not all(run.is_finished() for run in runs):
         raise InputError(f"no finished runs on {cache.corpus.name} in runs/q3: run `make q3` on them first")
-    return [run.folder / "model.pt" for run in runs]
+    return [run.folder / "model.safetensors" for run in runs]
 
 
 def judge(record: dict) -> list[dict]:
@@ -284,17 +280,17 @@ def judge(record: dict) -> list[dict]:
     for what, bar in (("training", TRAINING_BAR), ("decoding", DECODING_BAR)):
         for decoder, result in record[what].items():
             value = result["ratio_wall"]["course"]
-            rows.append({"what": f"{what}, {NAMES[decoder]}", "value": value, "bar": bar, "kept": value >= bar})
+            rows.append({"what": f"{what}, {q3.NAMES[decoder]}", "value": value, "bar": bar, "kept": value >= bar})
     return rows
 
 
 def measure(args: argparse.Namespace) -> dict:
     decoding_cache = load_speech(args.checkpoint_data, args.data_dir)
-    checkpoints = dict(zip(NAMES, args.checkpoints or find_checkpoints(decoding_cache), strict=True))
+    checkpoints = dict(zip(q3.NAMES, args.checkpoints or find_checkpoints(decoding_cache), strict=True))
     models = {decoder: q3.load_model(path, decoder) for decoder, path in checkpoints.items()}
     training_cache = load_speech(args.data, args.data_dir)
     training, decoding = {}, {}
-    for decoder in tqdm(NAMES, desc="benchmark", disable=None, leave=False):
+    for decoder in tqdm(q3.NAMES, desc="benchmark", disable=None, leave=False):
         training[decoder] = compare_training(decoder, training_cache, args.rounds)
         decoding[decoder] = compare_decoding(models[decoder], decoding_cache, args.rounds)
     return {
@@ -320,13 +316,13 @@ def show(record: dict) -> None:
     columns = f"{'ratio':>10s}{'CPU time':>10s}"
     print(f"{'training: seconds of speech a second':42s}{columns}   {record['dataset']['training']['name']}")
     for decoder, result in record["training"].items():
-        print(f"  {NAMES[decoder]}")
+        print(f"  {q3.NAMES[decoder]}")
         for name, value in result["speech_seconds_per_second"]["wall"].items():
             row(name, f"{value:.2f}", result)
     print(f"{'greedy decoding: seconds':42s}{columns}   {record['dataset']['decoding']['name']}")
     for decoder, result in record["decoding"].items():
         same = "the same texts" if result["texts_identical"] else "DIFFERENT TEXTS"
-        print(f"  {NAMES[decoder]}: {result['clips']} clips, {same}")
+        print(f"  {q3.NAMES[decoder]}: {result['clips']} clips, {same}")
         for name, value in result["seconds"]["wall"].items():
             row(name, f"{value:.3f}", result)
     print(f"{'times as fast as the course':32s}{'measured':>10s}{'bar':>10s}")

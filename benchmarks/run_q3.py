@@ -1,17 +1,15 @@
-"""Whole runs of hw2-q3.ipynb by papermill: how long one takes, and one process against two.
+"""Whole runs of hw2-q3.ipynb: how long one takes, and one process against two.
 
     python benchmarks/run_q3.py [-out results/q3/run.json]
 
-1. What `make q3 ARGS="-p data spoken"` does, in an empty folder: the corpus is made, both decoders are trained and
-   scored, the page is written. Nothing else should run meanwhile: the bar of ten minutes is for two idle cores.
+1. What `make q3 ARGS="-p data spoken"` does, without anything at hand: the corpus is spoken, both decoders are trained
+   and scored, the page is written. Nothing else should run meanwhile: the bar of ten minutes is for two idle cores.
 2. The LSTM decoder trained for two epochs by one process and by two, which Accelerate starts and gives half of every
    batch: the losses of an epoch must be the same but for rounding, which each step's weights hand on to the next.
 
 Exit status 1 if a bar is missed.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -26,23 +24,21 @@ import runs
 MINUTES, DIFFERENCE = 10, 1e-3  # bars: wall time; relative, of an epoch's training loss
 
 
-def run_notebook(folder: Path, *words: str, **parameters) -> dict[str, dict]:
+def run_notebook(folder: Path, **parameters) -> dict[str, dict]:
     """Run the notebook on the spoken corpus with all it keeps in `folder`; the records of its runs, by decoder."""
-    command = [sys.executable, "-m", "papermill", ROOT / "hw2-q3.ipynb", folder / "out.ipynb", "--cwd", ROOT, *words]
+    command = [sys.executable, str(ROOT / "run_notebook.py"), "-out", str(folder)]
     named = {"data": "spoken", "data_dir": folder.parent / "data", "runs_dir": folder} | parameters
     for name, value in named.items():
         command += ["-p", name, str(value)]
-    folder.mkdir()
     subprocess.run(command, check=True)
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
+    records = map(runs.read_json, sorted(folder.glob("*/record.json")))
     return {record["config"]["decoder"]: record for record in records}
 
 
 def time_a_run(folder: Path) -> dict:
-    """Seconds of the whole notebook and of its page, in an empty folder, and what came of it."""
+    """Seconds of the whole notebook and of its page, from an empty folder, and what came of it."""
     began = time.monotonic()
     records = run_notebook(folder)
-    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", folder / "out.ipynb"], check=True)
     seconds = round(time.monotonic() - began, 1)
     return {
         **{key: records["lstm"][key] for key in ("dataset", "seed", "device", "threads")},
@@ -55,10 +51,9 @@ def time_a_run(folder: Path) -> dict:
 def compare_processes(folder: Path) -> dict:
     """Training losses by epoch, by one process and by two, and their largest relative difference."""
     losses = {}
-    short = {"decoders": "lstm", "extra_clips": 1, "device": "cpu"}
+    short = {"decoders": "lstm", "extra_clips": 1, "device": "cpu", "overrides": "{epochs: 2}"}
     for processes in (1, 2):
-        words = "-y", "{overrides: {epochs: 2}}"
-        records = run_notebook(folder / f"by{processes}", *words, processes=processes, **short)
+        records = run_notebook(folder / f"by{processes}", processes=processes, **short)
         assert records["lstm"]["processes"] == processes
         losses[str(processes)] = [epoch["train"]["loss"] for epoch in records["lstm"]["history"]]
     pairs = zip(*losses.values(), strict=True)
@@ -66,8 +61,8 @@ def compare_processes(folder: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-out", type=Path, metavar="RECORD", help="also write the figures there")
+    parser = runs.Parser(__doc__)
+    parser.add_argument("-out", type=Path, metavar="RECORD", help="write a record")
     args = parser.parse_args()
     record = runs.run_environment()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none

@@ -16,11 +16,12 @@ from scipy.stats import pearsonr, spearmanr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runs import Parser, learnt_by_heart, mean_and_std, run_environment, summarise, write_json
+from runs import Parser, mean_and_std, run_environment, summarise, write_json
 
 if __name__ == "__main__":
     Parser(__doc__).parse_args()  # -h is answered now: the notebook takes seconds to import
 
+from asr import learnt_by_heart, wrong_stretches
 from utils import notebook_definitions
 
 OUT = ROOT / "results" / "q3" / "analysis.json"
@@ -62,7 +63,7 @@ def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
     """
     counts = dict.fromkeys(("misspelt", "skipped", "repeated", "invented", "replaced"), 0)
     for said, written in pairs:
-        for source, target in nb.wrong_stretches(said, written):
+        for source, target in wrong_stretches(said, written):
             if max(len(source), len(target)) < RUN:
                 kind = "misspelt"
             elif not target:

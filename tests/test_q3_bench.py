@@ -12,6 +12,8 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT
 from test_speech_data import make_corpus
 
+import run_notebook
+
 RECORD = ROOT / "results" / "q3" / "bench.json"
 DECODERS = ("lstm", "transformer")
 
@@ -21,7 +23,7 @@ def bench(monkeypatch):
     """The benchmark with tiny networks and steps; the notebook's definitions are its own, so nobody else sees them."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     bench = importlib.import_module("bench_q3")
-    tiny = {"width": 24, "encoder_blocks": 1, "n_mels": 20}
+    tiny = {"width": 24, "encoder_blocks": 1, "n_mels": 20, "attention_window": None}
     presets = {name: replace(settings, **tiny) for name, settings in bench.q3.PRESETS.items()}
     monkeypatch.setattr(bench.q3, "PRESETS", presets)
     for name, value in {"TRAINING_BATCH": 3, "TRAINING_BATCHES": 2, "DECODING_CLIPS": 4, "DECODING_BATCH": 3}.items():
@@ -45,8 +47,8 @@ def make_model(bench, decoder, stop_bias=0.0):
 
 def save_checkpoint(bench, path, decoder):
     model = make_model(bench, decoder)
-    contents = {"decoder": decoder, "settings": asdict(bench.q3.PRESETS["improved"]), "weights": model.state_dict()}
-    torch.save(contents, path)
+    about = {"decoder": decoder, "settings": asdict(bench.q3.PRESETS["improved"])}
+    bench.runs.save_weights(path, model.state_dict(), about)
     return path
 
 
@@ -109,7 +111,7 @@ def test_batches_are_spread_over_all_lengths(bench, tmp_path):
 def test_the_benchmark_measures_every_bar(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = make_corpus(tmp_path / "mine", seconds=1.2)
-    checkpoints = [save_checkpoint(bench, tmp_path / f"{d}.pt", d) for d in DECODERS]
+    checkpoints = [save_checkpoint(bench, tmp_path / f"{d}.safetensors", d) for d in DECODERS]
     arguments = ["-rounds", 2, "-data", folder, "-checkpoint_data", folder, "-out", "results/bench.json"]
     arguments += ["-data_dir", tmp_path, "-checkpoints", *checkpoints]
     status = bench.main(list(map(str, arguments)))
@@ -152,7 +154,7 @@ def test_without_finished_runs_it_says_what_to_do(bench, tmp_path, monkeypatch, 
 
 def test_a_checkpoint_of_the_other_decoder_is_refused(bench, tmp_path, capsys):
     folder = make_corpus(tmp_path / "mine")
-    path = save_checkpoint(bench, tmp_path / "lstm.pt", "lstm")
+    path = save_checkpoint(bench, tmp_path / "lstm.safetensors", "lstm")
     arguments = ["-data", folder, "-checkpoint_data", folder, "-data_dir", tmp_path, "-checkpoints", path, path]
     assert bench.main(list(map(str, arguments))) == 2
     assert "holds the lstm decoder, not the transformer decoder" in capsys.readouterr().err
@@ -184,20 +186,19 @@ def test_whole_runs_are_timed_and_compared(tmp_path, monkeypatch, minutes, diffe
 
     def run(command, check):
         words = list(map(str, command))
-        clock[0] += 60 * minutes / 2
-        if "papermill" not in words:
-            assert words[-1] == notebooks[0]["out"] and Path(words[-1]).parent.is_dir()
-            return
-        given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
-        folder, processes = Path(given["runs_dir"]), int(given.get("processes", 1))
-        assert not list(folder.iterdir())
-        notebooks.append(given | {"out": str(folder / "out.ipynb")})
+        clock[0] += 60 * minutes
+        assert words[1] == str(ROOT / "run_notebook.py")
+        options = run_notebook.parse_arguments(words[2:])
+        given = run_notebook.read_parameters(options)
+        folder, processes = Path(given["runs_dir"]), given.get("processes", 1)
+        assert options.out == folder and not folder.exists() and not Path(given["data_dir"]).exists()
+        notebooks.append(given)
         for decoder in given.get("decoders", "lstm transformer").split():
             record = {"config": {"decoder": decoder}, "processes": processes, "seconds": 200.0, "seed": 42}
             record |= {"dataset": {"name": "spoken corpus"}, "device": "cpu", "threads": 1}
             losses = [2.0, 1.0 + difference * (processes - 1)]
             record |= {"history": [{"train": {"loss": loss}} for loss in losses], "test": {"damerau_levenshtein": 0.9}}
-            (folder / decoder).mkdir()
+            (folder / decoder).mkdir(parents=True)
             (folder / decoder / "record.json").write_text(json.dumps(record))
 
     monkeypatch.setattr(run_q3.subprocess, "run", run)
@@ -209,7 +210,7 @@ def test_whole_runs_are_timed_and_compared(tmp_path, monkeypatch, minutes, diffe
     assert record["seconds"] == pytest.approx(60 * minutes) and set(record["training_seconds"]) == set(DECODERS)
     assert record["one_and_two"]["train_loss"]["1"] == [2.0, 1.0]
     assert record["one_and_two"]["relative_difference"] == pytest.approx(difference, rel=0.02)
-    assert [n.get("processes") for n in notebooks] == [None, "1", "2"]
+    assert [n.get("processes") for n in notebooks] == [None, 1, 2]
     assert {n["data"] for n in notebooks} == {"spoken"} and len({n["data_dir"] for n in notebooks}) == 1
 
 

@@ -8,6 +8,7 @@ import html
 import itertools
 import math
 import re
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import jellyfish
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import asr
 import utils
 from utils import InputError
 
@@ -37,6 +39,7 @@ def tiny(**changes):
     """Settings of a network that is quick on one thread."""
     small = {"width": 16, "heads": 2, "encoder_blocks": 2, "kernel_size": 3, "n_mels": 12, "dropout": 0.0}
     fixed = {"subsampling": 4, "block_form": "statement", "ctc_weight": 0.3, "guide_weight": 0.0, "spec_augment": False}
+    fixed |= {"normalise_clips": False, "mel_shift": 0.0, "attention_window": None}
     return nb.replace(nb.PRESETS["improved"], **(small | fixed | changes))
 
 
@@ -68,6 +71,23 @@ def close(ours, theirs, atol=1e-5):
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
+class Elements(HTMLParser):
+    """The elements of a page, as a browser would see them."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Settings
 
@@ -88,14 +108,27 @@ def test_overrides_change_their_settings_alone(preset):
         ("improved", {"widht": 8, "epochs": 2}, "widht"),
         ("improved", {"kernel_size": 4}, "kernel_size"),
         ("improved", {"heads": 3}, "heads"),
-        ("improved", {"average_epochs": 0}, "average_epochs"),
+        ("improved", {"average_epochs": 3}, "average_epochs"),
         ("improved", {"learning_rate": "fast"}, "learning_rate"),
         ("improved", {"ctc_weight": 0.0, "guide_weight": 0.1}, "guide_weight"),
-        ("improved", {"subsampling": 3}, "3"),
+        ("improved", {"subsampling": 3}, "subsampling"),
         ("homework", {"block_form": "post-norm"}, "post-norm"),
-        ("improved", '{"epochs": 2}', "-y"),
+        ("improved", '{"epochs": 2}', "a mapping"),
+        ("improved", [["epochs", 2]], "a mapping"),
+        ("improved", None, "a mapping"),
+        (["improved"], {}, "preset"),
+        ({"improved": 1}, {}, "preset"),
+        (None, {}, "preset"),
         ("improved", {3: 4}, "3"),
         ("improved", {"epochs": "3"}, "epochs must be a int"),
+        ("improved", {"overrides": {"epochs": 2}}, "overrides"),
+        ("improved", {"epochs": {"epochs": 2}}, "epochs"),
+        ("improved", {"epochs": 10**400}, "epochs"),
+        ("improved", {"epochs": 10**5000}, "epochs"),
+        ("improved", {"learning_rate": 10**5000}, "learning_rate"),
+        ("improved", {"two\nlines": 1}, "lines"),
+        ("improved", {"epochs": -(10**400)}, "epochs"),
+        ("improved", {"width": 10**7}, "width"),
         ("improved", {"epochs": 2.5}, "epochs"),
         ("improved", {"epochs": True}, "epochs"),
         ("improved", {"width": None}, "width"),
@@ -104,6 +137,23 @@ def test_overrides_change_their_settings_alone(preset):
         ("improved", {"learning_rate": float("nan")}, "learning_rate"),
         ("improved", {"betas": 0.9}, "betas"),
         ("improved", {"betas": [0.9]}, "betas"),
+        ("improved", {"betas": [0.9, 0.99, 0.999]}, "betas"),
+        ("improved", {"betas": [0.9, 1.0]}, "betas"),
+        ("improved", {"betas": [-0.1, 0.9]}, "betas"),
+        ("improved", {"betas": [0.9, float("nan")]}, "betas"),
+        ("improved", {"betas": {0.9: 1, 0.99: 2}}, "betas"),
+        ("improved", {"betas": "99"}, "betas"),
+        ("improved", {"betas": [10**400, 0.9]}, "betas"),
+        ("improved", {"learning_rate": float("inf")}, "learning_rate"),
+        ("improved", {"learning_rate": 10**400}, "learning_rate"),
+        ("improved", {"learning_rate": 0}, "learning_rate"),
+        ("improved", {"weight_decay": float("inf")}, "weight_decay"),
+        ("improved", {"ctc_weight": float("nan")}, "ctc_weight"),
+        ("improved", {"guide_weight": float("inf")}, "guide_weight"),
+        ("improved", {"clip_norm": float("nan")}, "clip_norm"),
+        ("improved", {"clip_norm": 0}, "clip_norm"),
+        ("improved", {"attention_window": float("inf")}, "attention_window"),
+        ("improved", {"label_smoothing": 1}, "label_smoothing"),
         ("improved", {"heads": 0}, "heads"),
         ("improved", {"max_characters": 0}, "max_characters"),
         ("improved", {"dropout": 2}, "dropout"),
@@ -111,10 +161,22 @@ def test_overrides_change_their_settings_alone(preset):
         ("improved", {"warmup_steps": -1}, "warmup_steps"),
     ],
 )
-def test_settings_that_do_not_exist_are_named_in_one_line(preset, overrides, named):
+def test_settings_that_cannot_be_are_named_in_one_line(preset, overrides, named):
     with pytest.raises(InputError) as error:
         nb.choose_settings(preset, overrides)
-    assert named in str(error.value) and "\n" not in str(error.value)
+    assert named in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_every_number_of_the_settings_has_limits_that_the_presets_keep():
+    numbers = {
+        name
+        for name, value in vars(tiny(max_characters=9, attention_window=1.0)).items()
+        if not isinstance(value, bool | str)
+    }
+    assert set(nb.LIMITS) == numbers
+    for preset in nb.PRESETS.values():
+        for name, (low, high) in nb.LIMITS.items():
+            assert all(low <= value <= high for value in asr.numbers(getattr(preset, name))), name
 
 
 def test_the_homework_preset_is_what_the_statement_prescribes():
@@ -122,7 +184,7 @@ def test_the_homework_preset_is_what_the_statement_prescribes():
     assert (homework.width, homework.heads, homework.encoder_blocks) == (200, 2, 4)
     assert (homework.max_characters, homework.label_smoothing, homework.learning_rate) == (97, 0.1, 1e-3)
     assert (homework.epochs, homework.batch_size, homework.block_form) == (15, 64, "statement")
-    assert (homework.ctc_weight, homework.guide_weight, homework.average_epochs) == (0.0, 0.0, 1)
+    assert (homework.ctc_weight, homework.guide_weight) == (0.0, 0.0)
     assert (homework.betas, homework.dropout, homework.spec_augment) == ((0.9, 0.999), 0.0, False)
     for decoder in ("lstm", "transformer"):
         model = nb.SpeechToText(decoder, homework)
@@ -378,9 +440,40 @@ def test_the_extractor_names_all_that_its_features_depend_on():
     log_mel = nb.LogMel(RATE, base.n_fft, base.hop_length, base.n_mels)
     np.testing.assert_array_equal(features, log_mel(torch.from_numpy(samples)))
     assert nb.extractor(16_000, base)[1] != about
-    for change in ({"n_mels": 21}, {"n_fft": 512}, {"hop_length": 99}):
+    for change in ({"n_mels": 21}, {"n_fft": 512}, {"hop_length": 99}, {"normalise_clips": True}):
         assert nb.extractor(RATE, nb.replace(base, **change))[1] != about
     assert nb.extractor(RATE, nb.replace(base, width=8, epochs=1, subsampling=2))[1] == about
+
+
+def test_normalised_features_do_not_depend_on_loudness_and_colour():
+    rng = np.random.default_rng(0)
+    samples = (rng.normal(size=9000) * np.repeat(rng.uniform(0.1, 1, 90), 100)).astype(np.float32)
+    extract, _ = nb.extractor(RATE, tiny(n_mels=20, normalise_clips=True))
+    features = extract(0.1 * samples, RATE)
+    np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(extract(0.001 * samples, RATE), features, atol=1e-3)
+    coloured = samples.copy()
+    coloured[1:] += 0.8 * samples[:-1]  # a filter with little memory: high bands fall by the same amount in all frames
+    changed = [np.abs(made(coloured, RATE) - made(samples, RATE))[5:-5].mean() for made in (extract, plain_extractor())]
+    assert changed[0] < 0.3 < changed[1]
+    assert np.isfinite(extract(np.zeros(3000, np.float32), RATE)).all()
+
+
+def plain_extractor():
+    return nb.extractor(RATE, tiny(n_mels=20))[0]
+
+
+def test_the_mel_shift_moves_each_clip_by_its_own_part_of_a_band_in_training_alone():
+    ramp = torch.arange(30.0).expand(200, 7, 30)  # each band holds its number
+    shift = nb.MelShift(3.0)
+    assert shift.eval()(ramp) is ramp and nb.MelShift(0.0).train()(ramp) is ramp
+    torch.manual_seed(0)
+    moved = shift.train()(ramp)
+    inner = (moved - ramp)[:, :, 4:-4]  # where no end is near
+    assert (inner - inner[:, :1, :1]).abs().max() < 1e-4  # all frames and bands of a clip by as much
+    by = inner[:, 0, 0]
+    assert -3 <= by.min() < -2.5 and 2.5 < by.max() <= 3 and len(by.unique()) == 200 and by.mean().abs() < 0.5
+    assert moved.min() >= 0 and moved.max() <= 29  # the ends repeat their last band
 
 
 def test_spec_augment_hides_bands_and_stretches_in_training_alone():
@@ -1062,7 +1155,7 @@ class Cache(dict):
 
 def fake_clips(frames, texts, mels=12):
     rng = np.random.default_rng(0)
-    clips = [utils.Clip(i, f"C{i}", text, ROOT / "none.wav", 1.0, RATE) for i, text in enumerate(texts)]
+    clips = [utils.Clip(i, f"C{i}", text, ROOT / "none.wav", 1.0, RATE, "") for i, text in enumerate(texts)]
     return clips, Cache({i: rng.normal(size=(n, mels)).astype(np.float16) for i, n in enumerate(frames)})
 
 
@@ -1168,7 +1261,7 @@ def test_the_learning_rate_warms_up_and_falls_to_two_percent():
 def test_the_pieces_of_a_recording_without_pauses_cover_it_and_none_is_too_long(count, longest, seed):
     rate = 200
     samples = np.random.default_rng(seed).uniform(-1, 1, count).astype(np.float32)
-    pieces = nb.split_at_silences(samples, rate, longest)
+    pieces = asr.split_at_silences(samples, rate, longest)
     assert pieces[0][0] == 0 and pieces[-1][1] == count
     assert all(end == first for (_, end), (first, _) in itertools.pairwise(pieces))
     assert all(0 < end - first <= longest * rate for first, end in pieces)
@@ -1190,7 +1283,7 @@ def in_a_row(parts, rate, noise):
 @pytest.mark.parametrize("rate", [8_000, 22_050])
 def test_a_recording_is_cut_at_its_pauses_and_only_there(rate, noise):
     samples, loud = in_a_row((3.1, 0.5, 2.7, 0.35, 4.4, 0.2, 0.1, 1.0, 0.05, 0.6, 2.2), rate, noise)
-    pieces = nb.split_at_silences(samples, rate, 10.0)
+    pieces = asr.split_at_silences(samples, rate, 10.0)
     expected = [loud[0], loud[1], (loud[2][0], loud[3][1]), loud[4], loud[5]]  # a fifth of a second is no pause
     margin = 0.1 * rate
     assert len(pieces) == len(expected)
@@ -1204,16 +1297,16 @@ def test_a_recording_is_cut_at_its_pauses_and_only_there(rate, noise):
 def test_long_silence_before_and_after_is_left_out(rate):
     samples, _ = in_a_row((1.5,), rate, 1e-4)
     silence = np.random.default_rng(1).normal(0, 1e-4, 3 * rate).astype(np.float32)
-    ((first, last),) = nb.split_at_silences(np.concatenate([silence, samples, silence]), rate)
+    ((first, last),) = asr.split_at_silences(np.concatenate([silence, samples, silence]), rate)
     assert 0 <= 3 * rate - first < 0.12 * rate and 0 <= last - 4.5 * rate < 0.12 * rate
-    assert nb.split_at_silences(np.zeros(rate, np.float32), rate) == []
+    assert asr.split_at_silences(np.zeros(rate, np.float32), rate) == []
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050])
 def test_what_is_long_without_a_pause_is_cut_where_it_is_quietest(rate):
     parts = [part for seconds in (3.1, 2.7, 4.4, 3.6, 2.2, 3.9, 4.8) for part in (seconds, 0.2)]
     samples, loud = in_a_row((*parts, 3.3), rate, 1e-4)
-    pieces = nb.split_at_silences(samples, rate, 10.0)
+    pieces = asr.split_at_silences(samples, rate, 10.0)
     assert len(pieces) > 3
     for _, cut in pieces[:-1]:
         assert any(end <= cut <= first for (_, end), (first, _) in itertools.pairwise(loud)), cut / rate
@@ -1224,47 +1317,52 @@ def test_what_is_long_without_a_pause_is_cut_where_it_is_quietest(rate):
 
 
 @settings(deadline=None)
-@given(st.text("ab<& .", max_size=12), st.text("ab<& .", max_size=12))
-def test_marked_transcripts_hold_both_texts(reference, hypothesis):
-    page = nb.marked(reference, hypothesis)
-    said = re.sub(r"<ins[^>]*>.*?</ins>", "", page)
-    written = re.sub(r"<del[^>]*>.*?</del>", "", page)
-    assert "<" not in re.sub(r"</?(ins|del)[^<>]*>", "", page)  # what was written is no HTML
-    assert html.unescape(re.sub(r"</?del[^>]*>", "", said)) == reference
-    assert html.unescape(re.sub(r"</?ins[^>]*>", "", written)) == hypothesis
-    assert ("<del" in page or "<ins" in page) == (reference != hypothesis)
+@given(st.text("ab<&\"' .", max_size=16), st.text("ab<&\"' .", max_size=16))
+def test_marked_words_hold_both_texts(reference, hypothesis):
+    page = asr.mark_words(reference, hypothesis)
+    written = re.sub(r'<span style="color:#888">\[.*?\]</span>', "", page)
+    assert "<" not in re.sub(r"</?[bi]( style=[^<>]*)?>", "", written)  # what was said and written is no HTML
+    text = html.unescape(re.sub(r"</?b[^>]*>", "", written))
+    assert text.split() == (hypothesis.split() if reference.split() or hypothesis.split() else ["<i>nothing</i>"])
+    wrong = re.findall(r"\[(.*?)\]</span>|<b [^>]*>", page)
+    assert bool(wrong) == (reference.split() != hypothesis.split())
+
+
+def test_marked_words_by_hand():
+    page = asr.mark_words("the cat sat down", "the bat sat")
+    assert page == 'the <b style="color:#c04a00">bat</b> sat <span style="color:#888">[down]</span>'
+    assert asr.mark_words("", "") == "<i>nothing</i>"
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(*[st.text("abz# .?", max_size=9)] * 2), max_size=4))
-def test_the_confusion_table_counts_every_character(pairs):
+def test_character_errors_are_the_edits(pairs):
     said, written = [r for r, _ in pairs], [h for _, h in pairs]
-    counts = nb.confusions(said, written)
-    assert counts.shape == (len(nb.CONFUSION_TOKENS) + 1,) * 2 and sorted(nb.CONFUSION_TOKENS) == sorted(
-        set(nb.TokenVectorizer.TOKENS) - set("@<>")
-    )
-    for i, token in enumerate(nb.CONFUSION_TOKENS):
-        assert counts[i].sum() == "".join(said).count(token)
-        assert counts[:, i].sum() == "".join(written).count(token)
-    edits = sum(textdistance.Levenshtein(external=False)(r, h) for r, h in pairs)
-    assert counts.sum() - np.trace(counts) == edits and counts[-1, -1] == 0
+    counts = asr.character_errors(said, written)
+    assert counts.total() == sum(textdistance.Levenshtein(external=False)(r, h) for r, h in pairs)
+    assert all(a != b and len(a) <= 1 and len(b) <= 1 for a, b in counts)
+    for character in "abz# .?":
+        missed = sum(n for (a, b), n in counts.items() if a == character)
+        added = sum(n for (a, b), n in counts.items() if b == character)
+        assert "".join(written).count(character) == "".join(said).count(character) - missed + added
 
 
-def test_confusions_by_hand():
-    counts = nb.confusions(["a cat"], ["a bats"])
-    number = nb.CONFUSION_TOKENS.index
-    assert counts[number("c"), number("b")] == counts[-1, number("s")] == 1
-    assert counts[number("a"), number("a")] == 2 and counts.sum() == 6
+def test_character_errors_by_hand():
+    assert asr.character_errors(["a cat", "cup"], ["a bats", "cp"]) == {("c", "b"): 1, ("", "s"): 1, ("u", ""): 1}
 
 
-def test_wrong_stretches_by_hand():
-    assert nb.wrong_stretches("one cup of tea", "one jigsaw of te") == [("cup", "jigsaw"), ("a", "")]
-    assert nb.wrong_stretches("fox", "the fox") == [("", "the ")] and nb.wrong_stretches("fox", "fox") == []
+def test_differences_and_wrong_stretches_by_hand():
+    assert asr.wrong_stretches("one cup of tea", "one jigsaw of te") == [("cup", "jigsaw"), ("a", "")]
+    assert asr.differences("one cup of tea", "one jigsaw of te") == [("", "jig"), ("cup", "saw"), ("a", "")]
+    for differ in (asr.wrong_stretches, asr.differences):
+        assert differ("fox", "the fox") == [("", "the ")] and differ("fox", "fox") == []
+    assert asr.differences(["a", "cat", "sat"], ["a", "hat", "sat"]) == [(["cat"], ["hat"])]
 
 
+@pytest.mark.parametrize("differ", [asr.differences, asr.wrong_stretches])
 @given(*[st.text("abc ", max_size=12)] * 2)
-def test_wrong_stretches_lead_from_one_text_to_the_other(said, written):
-    stretches = nb.wrong_stretches(said, written)
+def test_what_differs_leads_from_one_text_to_the_other(differ, said, written):
+    stretches = differ(said, written)
     edits = sum(max(len(source), len(target)) for source, target in stretches)
     assert edits == textdistance.Levenshtein(external=False)(said, written)
     place = 0
@@ -1275,16 +1373,16 @@ def test_wrong_stretches_lead_from_one_text_to_the_other(said, written):
 
 def test_the_share_of_wrong_characters_in_runs_by_hand():
     said, written = ["red fox", "fox", "a cat"], ["fox", "fox fox", "a bat"]
-    assert nb.share_in_runs(said, written) == 8 / 9  # "red " missed, " fox" added, one letter wrong
-    assert nb.share_in_runs(said, written, least=5) == 0 == nb.share_in_runs(said, said)
+    assert asr.share_in_runs(said, written) == 8 / 9  # "red " missed, " fox" added, one letter wrong
+    assert asr.share_in_runs(said, written, least=5) == 0 == asr.share_in_runs(said, said)
 
 
 def test_the_fate_of_new_words_by_hand():
     known = {"the", "fox", "sat", "car", "ran"}
     said = ["the wolf sat, the pen-knife ran.", "a cart ran", "the wolf", "the panda sat"]
     written = ["the wolf sat, the pan ran.", "a car ran", "the", "the pan da sat"]
-    assert nb.fate_of_new_words(said, written, known) == {"right": 2, "known": 1, "otherwise": 3}  # "a" is new, too
-    assert nb.fate_of_new_words(said, written, known | {"a", "wolf", "pen-knife", "cart", "panda"}) == {
+    assert asr.fate_of_new_words(said, written, known) == {"right": 2, "known": 1, "otherwise": 3}  # "a" is new, too
+    assert asr.fate_of_new_words(said, written, known | {"a", "wolf", "pen-knife", "cart", "panda"}) == {
         "right": 0,
         "known": 0,
         "otherwise": 0,
@@ -1293,9 +1391,30 @@ def test_the_fate_of_new_words_by_hand():
 
 def test_tables_hold_the_scores_that_all_rows_have():
     rows = {"LSTM": {"loss": 0.5, "cer": 0.0312, "jaccard": 0.98765}, "beam": {"cer": 0.02, "jaccard": 1.0}}
-    head, line, *body = nb.markdown_table(rows, "decoder").split("\n")
-    assert (head, line) == ("| decoder | Jaccard | CER |", "|---|---|---|")
-    assert body == ["| LSTM | 0.988 | 3.1% |", "| beam | 1.000 | 2.0% |"]
+    table = asr.score_table(rows)
+    assert list(table.columns) == ["Jaccard", "CER"] and list(table.index) == ["LSTM", "beam"]
+    assert table.to_numpy().tolist() == [["0.988", "3.1%"], ["1.000", "2.0%"]]
+
+
+STRANGE = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "$\\href{javascript:alert(1)}{x}$",
+    'a & b\'s "c"',
+)
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_names_and_texts_are_no_html_where_they_are_shown(text):
+    pages = [asr.mark_words(text, "other"), asr.mark_words("other", text), asr.mark_words(text, text)]
+    pages += [asr.mark_words("said", f"{text} said"), asr.mark_words(f"{text} said", "said")]
+    pages += [asr.transcript_table([text], {text: [text]}), asr.score_table({text: {"cer": 0.5}})._repr_html_()]
+    for page in pages:
+        found = Elements(page)
+        assert set(found.tags) <= {"b", "span", "table", "tr", "th", "td", "div", "style", "thead", "tbody"}, page
+        assert not re.search(r"\bon\w+=|javascript:", str(found.attributes))
+    for page in [pages[1], *pages[5:]]:
+        assert "".join(text.split()) in "".join("".join(Elements(page).text).split())
 
 
 @both_decoders

@@ -1,28 +1,34 @@
-"""Question 3's training: what a step does, resuming after every kind of end, two processes, records, checkpoints, and
+"""Question 3's training: what a step does, resuming after every kind of end, two processes, records, damaged files, and
 recordings transcribed with the network that was trained. The data: words whose letters are tones."""
 
+import copy
+import errno
 import json
 import math
 import multiprocessing
 import os
+import pickle
+import resource
 import shlex
 import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, cycle, repeat
+import struct
+from concurrent.futures import Future
+from itertools import cycle
 from multiprocessing import forkserver
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import papermill.cli
 import pytest
 import soundfile
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
 from click.testing import CliRunner
+from conftest import tree
 from test_q3_models import DECODERS, RATE, STOP_BIAS, both_decoders, close, nb, network, talkative, tiny
 
+import asr
 import runs as run_files
 import utils
 from utils import InputError
@@ -35,7 +41,7 @@ SPLITS = {"train": (0, 12), "val": (12, 14), "test": (14, 17), "test_other": (17
 # DistributedDataParallel) and has computed nothing yet.
 CHILDREN = multiprocessing.get_context("forkserver")
 SLOW_IMPORTS = (
-    "accelerate torchaudio matplotlib.figure soundfile scipy.signal joblib loky jellyfish rapidfuzz.distance "
+    "accelerate torchaudio matplotlib.figure pandas soundfile scipy.signal loky jellyfish rapidfuzz.distance "
     "textdistance hypothesis pytest papermill.cli torch._inductor torch.nn.parallel.distributed"
 )
 CHILDREN.set_forkserver_preload(SLOW_IMPORTS.split())
@@ -67,12 +73,16 @@ def make_tones(folder: Path, splits=SPLITS, seed=0) -> Path:
 
 def small(**changes):
     """A run of three epochs of three steps, with chance in it: dropout and SpecAugment."""
-    training = {"epochs": 3, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3, "average_epochs": 2}
-    chance = {"dropout": 0.1, "spec_augment": True, "guide_weight": 0.3, "bucketing": True}
+    training = {"epochs": 3, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
+    chance = {"dropout": 0.1, "spec_augment": True, "mel_shift": 1.0, "guide_weight": 0.3, "bucketing": True}
     return tiny(**({"n_mels": 24} | training | chance | changes))
 
 
-DETERMINED = {"dropout": 0.0, "spec_augment": False}  # nothing but weights and order is left to chance
+DETERMINED = {
+    "dropout": 0.0,
+    "spec_augment": False,
+    "mel_shift": 0.0,
+}  # nothing but weights and order is left to chance
 
 
 def features(folder: Path, settings):
@@ -83,16 +93,18 @@ def features(folder: Path, settings):
 
 def make_run(folder: Path, root: Path, decoder="lstm", seed=1, **changes):
     settings = small(**changes)
-    cache = features(folder, settings)
-    return nb.Run(decoder, settings, "improved", seed, cache.corpus, cache, root)
+    return asr.SpeechRun(decoder, "improved", settings, changes, seed, features(folder, settings), root)
 
 
-def train(run, precision="no"):
+def train(run, precision="no", most=None):
     """In this process, in float32 whatever the hardware has."""
     torch.set_num_threads(1)
+    histories = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nb, "precision", lambda cpu: precision)
-        nb.train(run, True)
+        patch.setattr(utils, "choose_precision", lambda cpu: precision)
+        patch.setattr(asr, "train_at_once", lambda function, runs: histories.append(function(*runs, True, most)) or [])
+        asr.train_all(nb.train, [run], True, 1)
+    return histories[0]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +128,7 @@ def whole(request, runs):
 
 
 def weights(run):
-    return torch.load(run.folder / "model.pt", weights_only=True)["weights"]
+    return run_files.load_weights(run.folder / "model.safetensors")[0]
 
 
 def without_times(history):
@@ -129,12 +141,19 @@ def assert_same_run(ours, expected):
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    assert without_times(ours.record["history"]) == without_times(expected.record["history"])
+    records = [run.record() for run in (ours, expected)]
+    assert without_times(records[0]["history"]) == without_times(records[1]["history"])
     for key in ("val", "test", "test_other", "config", "dataset", "parameters"):
-        assert ours.record[key] == expected.record[key], key
+        assert records[0][key] == records[1][key], key
     files = [(run.folder / "transcripts.json").read_text() for run in (ours, expected)]
     assert files[0] == files[1]
-    assert not list(ours.folder.glob("checkpoint-*")) and ours.is_finished
+    assert {path.name for path in ours.folder.iterdir()} - {run_files.LOCK} == {
+        "last.pt",
+        "model.safetensors",
+        "transcripts.json",
+        "record.json",
+    }
+    assert ours.is_finished() and ours.transcripts() == expected.transcripts()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -158,7 +177,7 @@ def record_norms(patch, path):
 @both_decoders
 def test_training_is_the_stated_loop(folder, tmp_path, decoder, monkeypatch):
     """Two epochs written out: AdamW on the mean loss a token, clipped, at the stated rate, guided after the warm-up."""
-    settings = {"epochs": 2, "average_epochs": 1, "clip_norm": 2.6, "weight_decay": 0.5}  # it clips some of the steps
+    settings = {"epochs": 2, "clip_norm": 2.6, "weight_decay": 0.5}  # it clips some of the steps
     run = make_run(folder, tmp_path, decoder, **DETERMINED, **settings)
     norms = record_norms(monkeypatch, tmp_path / "norms")
     train(run)
@@ -194,13 +213,14 @@ def test_training_is_the_stated_loop(folder, tmp_path, decoder, monkeypatch):
             optimizer.step()
             sums, tokens, step = sums + losses.detach(), tokens + count, step + 1
         history.append({"train": dict(zip(nb.LOSSES, (sums / tokens).tolist(), strict=True))})
-        history[-1]["val"] = nb.validate(model, settings, cache)
+        history[-1]["val"], _ = nb.evaluate(objective, cache.clips("val"), cache)
     assert guided_steps == 4
     for name, value in weights(run).items():
-        close(value, model.state_dict()[name], atol=2e-4)
-    for ours, expected in zip(run.record["history"], history, strict=True):
+        close(value, model.state_dict()[name], atol=5e-4)
+    for ours, expected in zip(run.record()["history"], history, strict=True):
         assert ours["train"] == pytest.approx(expected["train"], rel=1e-4)
-        assert ours["val"] == pytest.approx(expected["val"], rel=1e-3)
+        for key in asr.SCORES:
+            assert ours["val"][key] == pytest.approx(expected["val"][key], rel=1e-3)
 
 
 @both_decoders
@@ -222,59 +242,45 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(folder, tmp_path, dec
         close(parts, whole, atol=1e-5 * whole.abs().max().item())
 
 
-def test_the_final_weights_are_the_mean_of_the_last_epochs(folder, tmp_path, monkeypatch):
-    seen, validate = [], nb.validate
-
-    def spy(model, settings, cache):
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return validate(model, settings, cache)
-
-    monkeypatch.setattr(nb, "validate", spy)
-    run = make_run(folder, tmp_path, epochs=4, average_epochs=3)
-    train(run)
-    *epochs, final = seen
-    assert len(epochs) == 4 and not torch.equal(epochs[2]["ctc.weight"], epochs[3]["ctc.weight"])
-    for name, value in weights(run).items():
-        assert torch.equal(final[name], value)
-        close(value, torch.stack([weights[name] for weights in epochs[1:]]).mean(dim=0), atol=1e-6)
-
-
 def test_the_record_holds_what_it_must(whole):
-    record = whole.record
+    record = whole.record()
     config = record["config"]
     assert (config["preset"], config["decoder"]) == ("improved", whole.decoder)
     assert {name: config[name] for name in whole.identity["settings"]} == whole.identity["settings"]
-    assert record["dataset"] == whole.corpus.description
+    assert record["dataset"] == whole.cache.corpus.description
     assert {"name", "kind", "counts", "sha256"} <= set(record["dataset"]) and record["dataset"]["kind"] == "spoken"
     assert record["dataset"]["counts"] == {"train": 12, "val": 2, "test": 3, "test_other": 2}
     assert {"python", "torch", "numpy"} <= set(record["versions"]) and "command" in record and "date" in record
     assert (record["seed"], record["device"], record["threads"], record["processes"]) == (1, "cpu", 1, 1)
-    assert record["precision"] == "no" and record["seconds"] > 0 and record["too_short_for_ctc"] == 0
-    model = nb.load_model(whole.folder / "model.pt", whole.decoder)
+    assert record["precision"] == "no" and record["seconds"] > 0 and record["changes"] == {}
+    model = nb.load_model(whole.folder / "model.safetensors", whole.decoder)
+    assert model.settings == whole.settings
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     measures = {"jaccard", "cosine", "damerau_levenshtein", "osa", "cer", "wer", "loss", "ctc_loss"}
     assert [entry["epoch"] for entry in record["history"]] == [1, 2, 3]
     for entry in record["history"]:
         assert set(entry["train"]) == {"loss", "ctc_loss", "guide_loss"} and measures <= set(entry["val"])
-    texts = json.loads((whole.folder / "transcripts.json").read_text())
+    texts = whole.transcripts()
     objective = nb.Objective(model, whole.settings)
     for split in ("test", "test_other"):
         clips = whole.cache.clips(split)
-        scores, hypotheses = nb.test_scores(model, objective, clips, whole.cache)
+        scores, hypotheses = nb.evaluate(objective, clips, whole.cache)
         assert measures <= set(record[split]) and measures - {"loss", "ctc_loss"} <= set(record[split]["cut_to_97"])
         assert record[split].pop("cut_to_97") == pytest.approx(scores.pop("cut_to_97"))
         assert record[split] == pytest.approx(scores)
         assert record[split]["clips"] == len(clips)
         assert texts[split] == dict(zip([clip.id for clip in clips], hypotheses, strict=True))
-    assert record["val"] == pytest.approx(nb.validate(model, whole.settings, whole.cache))
+    scores, hypotheses = nb.evaluate(objective, whole.cache.clips("val"), whole.cache)
+    assert record["val"] == record["history"][-1]["val"] and record["val"]["cer"] == pytest.approx(scores["cer"])
+    assert record["history"][-1]["example"] == hypotheses[0]
 
 
 def test_scores_cut_as_the_courses_are(monkeypatch):
     model = network("lstm")
     monkeypatch.setattr(nb, "transcripts", lambda model, clips, cache: ["a" * 97 + "x" * 103])
     monkeypatch.setattr(nb, "mean_loss", lambda objective, clips, cache: {})
-    clips = [utils.Clip(0, "C", "a" * 200, Path("none.wav"), 1.0, RATE)]
-    scores, _ = nb.test_scores(model, None, clips, None)
+    clips = [utils.Clip(0, "C", "a" * 200, Path("none.wav"), 1.0, RATE, "")]
+    scores, _ = nb.evaluate(nb.Objective(model, model.settings), clips, None)
     assert scores["cer"] == 103 / 200 and scores["cut_to_97"]["cer"] == 0
 
 
@@ -282,8 +288,9 @@ def test_scores_cut_as_the_courses_are(monkeypatch):
 def test_the_command_in_a_record_makes_the_same_run_again(tmp_path, changes, monkeypatch):
     folder = make_tones(tmp_path / "my tones")
     settings = nb.choose_settings("homework", changes)
-    cache = features(folder, settings)
-    run = nb.Run("transformer", settings, "homework", 7, cache.corpus, cache, tmp_path, str(folder))
+    run = asr.SpeechRun(
+        "transformer", "homework", settings, changes, 7, features(folder, settings), tmp_path, str(folder)
+    )
     program, *words = shlex.split(run.command)
     asked = {}
     monkeypatch.setattr(papermill.cli, "execute_notebook", lambda **options: asked.update(options))
@@ -296,8 +303,8 @@ def test_the_command_in_a_record_makes_the_same_run_again(tmp_path, changes, mon
 
 def test_progress_says_epoch_losses_and_time_left(folder, tmp_path, capsys):
     train(make_run(folder, tmp_path, "transformer"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("transformer: epoch")]
-    assert len(lines) == 3 and "epoch  1 of 3" in lines[0] and lines[-1].endswith("0.0 min left")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("transformer epoch")]
+    assert len(lines) == 3 and "epoch  1 of 3" in lines[0] and "min left" in lines[1] and "left" not in lines[2]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -306,7 +313,7 @@ def test_progress_says_epoch_losses_and_time_left(folder, tmp_path, capsys):
 
 def install(patch, place, die):
     """Let training come to `die` at a place of its second epoch, or of its end."""
-    calls = {"fsync": 0, "validate": 0}
+    calls = {"fsync": 0, "evaluate": 0, "progress": 0}
 
     def before(owner, name, condition):
         genuine = getattr(owner, name)
@@ -322,47 +329,47 @@ def install(patch, place, die):
         calls[name] += 1
         return calls[name]
 
-    if place == "in the middle of an epoch":
-        before(nb, "learning_rate", lambda step, *rest: step == 4)
-    elif place == "at validation":
-        before(nb, "validate", lambda *args: count("validate") == 2)
-    elif place == "in the middle of a checkpoint":
-        genuine = torch.save
-
-        def half(content, path, **options):
-            genuine(content, path, **options)
-            if "checkpoint-002" in str(path):
-                os.truncate(path, Path(path).stat().st_size // 2)
+    def half_written(number):
+        def fsync(file):
+            if count("fsync") == number:
+                os.ftruncate(file, os.fstat(file).st_size // 2)
                 die()
 
-        patch.setattr(torch, "save", half)
-    elif place == "before progress.json":
-        before(
-            run_files, "write_json", lambda path, record: path.name == "progress.json" and len(record["history"]) == 2
-        )
-    elif place == "in the middle of progress.json":
-        before(run_files.os, "fsync", lambda file: count("fsync") == 2)
-    elif place == "while the old checkpoint is removed":
+        patch.setattr(run_files.os, "fsync", fsync)
 
-        def remove_some(path, **options):
-            next(iter(sorted(Path(path).iterdir()))).unlink()
-            die()
-
-        patch.setattr(nb.shutil, "rmtree", remove_some)
-    elif place == "before model.pt":
-        before(nb, "save_model", lambda *args: True)
+    if place == "in the first epoch":
+        before(nb, "learning_rate", lambda step, *rest: step == 1)
+    elif place == "in the middle of an epoch":
+        before(nb, "learning_rate", lambda step, *rest: step == 4)
+    elif place == "at validation":
+        before(nb, "evaluate", lambda *args: count("evaluate") == 2)
+    elif place == "in the middle of the checkpoint":
+        half_written(2)
+    elif place == "before the checkpoint gets its name":
+        before(Path, "replace", lambda path, target: target.name == "last.pt" and len(epochs_in(target)) == 1)
+    elif place == "after the checkpoint":
+        before(asr, "progress", lambda *args: count("progress") == 2)
+    elif place == "before model.safetensors":
+        before(asr, "save_weights", lambda *args: True)
+    elif place == "in the middle of model.safetensors":
+        half_written(4)
     else:
-        before(run_files, "write_json", lambda path, record: path.name == place.removeprefix("before "))
+        before(asr, "write_json", lambda path, record: path.name == place.removeprefix("before "))
+
+
+def epochs_in(path):
+    return torch.load(path, weights_only=True)["history"] if path.exists() else []
 
 
 PLACES = {  # and how many epochs count by then
+    "in the first epoch": 0,
     "in the middle of an epoch": 1,
     "at validation": 1,
-    "in the middle of a checkpoint": 1,
-    "before progress.json": 1,
-    "in the middle of progress.json": 1,
-    "while the old checkpoint is removed": 2,
-    "before model.pt": 3,
+    "in the middle of the checkpoint": 1,
+    "before the checkpoint gets its name": 1,
+    "after the checkpoint": 2,
+    "before model.safetensors": 3,
+    "in the middle of model.safetensors": 3,
     "before transcripts.json": 3,
     "before record.json": 3,
 }
@@ -384,14 +391,21 @@ def in_a_child(function, *arguments):
     return process.exitcode
 
 
+def count_epochs(patch):
+    """Numbers of the epochs that are trained from now on."""
+    trained, genuine = [], nb.train_epoch
+    patch.setattr(nb, "train_epoch", lambda *args: trained.append(args[-1] + 1) or genuine(*args))
+    return trained
+
+
 @pytest.mark.parametrize(("place", "whole"), list(zip(PLACES, cycle(DECODERS), strict=False)), indirect=["whole"])
-def test_a_run_killed_anywhere_goes_on_to_the_same_end(folder, whole, tmp_path, place, capsys):
+def test_a_run_killed_anywhere_goes_on_to_the_same_end(folder, whole, tmp_path, place, monkeypatch):
     assert in_a_child(train_and_die, folder, tmp_path, whole.decoder, place) == -signal.SIGKILL
     run = make_run(folder, tmp_path, whole.decoder)
-    assert not run.is_finished and run.folder.exists()
-    capsys.readouterr()
+    assert not run.is_finished() and len(epochs_in(run.folder / "last.pt")) == PLACES[place]
+    trained = count_epochs(monkeypatch)
     train(run)
-    assert f"going on after epoch {PLACES[place]} " in capsys.readouterr().out
+    assert trained == [*range(PLACES[place] + 1, 4)]
     assert_same_run(run, whole)
 
 
@@ -405,7 +419,7 @@ def interrupt():
 
 def test_a_run_interrupted_twice_by_an_exception_ends_as_if_it_had_not_been(folder, whole, tmp_path):
     run = make_run(folder, tmp_path, whole.decoder)
-    for place in ("in the middle of an epoch", "before model.pt"):
+    for place in ("in the middle of an epoch", "before model.safetensors"):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
             install(patch, place, interrupt)
             train(run)
@@ -414,68 +428,69 @@ def test_a_run_interrupted_twice_by_an_exception_ends_as_if_it_had_not_been(fold
     assert_same_run(run, whole)
 
 
-def test_a_record_names_all_code_that_trained_it_as_it_was_then(folder, tmp_path, monkeypatch):
-    run = make_run(folder, tmp_path)
-
-    def start(commit):
-        states = chain([commit], repeat("changed while it trained"))
-        monkeypatch.setattr(run_files, "git_state", lambda: {"commit": next(states), "clean": True})
-        train(run)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
-        install(patch, "at validation", interrupt)
-        start("first")
-    start("second")
-    assert [code["commit"] for code in run.record["trained_by"]] == ["first", "second"]
-
-
-def test_a_run_killed_in_its_first_epoch_starts_again(folder, runs, tmp_path):
-    run = make_run(folder, tmp_path, "transformer")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
-        patch.setattr(nb, "save_progress", lambda *args: interrupt())
-        train(run)
-    train(run)
-    assert_same_run(run, runs["transformer"])
+def test_a_run_of_one_epoch_at_a_time_is_the_same_run(folder, whole, tmp_path):
+    run = make_run(folder, tmp_path, whole.decoder)
+    for epochs in (1, 2, 3):
+        assert len(train(run, most=1)) == epochs and run.is_finished() == (epochs == 3)
+    assert_same_run(run, whole)
 
 
 def test_a_finished_run_is_recognised_and_anything_else_has_another_folder(folder, whole, tmp_path):
     again = make_run(folder, whole.root, whole.decoder)
-    assert again.folder == whole.folder and again.is_finished and again.record == whole.record
+    assert again.folder == whole.folder and again.is_finished() and again.record() == whole.record()
     others = [make_run(folder, whole.root, whole.decoder, **changes) for changes in ({"seed": 2}, {"epochs": 4})]
     others.append(make_run(folder, whole.root, OTHER[whole.decoder]))
     others.append(make_run(make_tones(tmp_path / "tones", seed=5), whole.root, whole.decoder))
-    assert len({run.folder for run in [whole, *others]}) == 5 and not any(run.is_finished for run in others)
+    assert len({run.folder for run in [whole, *others]}) == 5 and not any(run.is_finished() for run in others)
 
 
-def test_a_deleted_model_is_trained_again(folder, runs, tmp_path):
-    run = make_run(folder, tmp_path)
+def test_other_sound_under_the_same_names_texts_and_lengths_is_another_run(folder, whole, tmp_path):
+    other = shutil.copytree(folder, tmp_path / folder.name)
+    assert make_run(other, whole.root, whole.decoder).folder == whole.folder  # a copy is the same corpus
+    path = other / "wavs" / "T003.wav"
+    samples, rate = soundfile.read(path, dtype="int16")
+    samples[1000] ^= 1  # by one step of 65,536
+    soundfile.write(path, samples, rate)
+    run = make_run(other, whole.root, whole.decoder)
+    assert [c.seconds for c in run.cache.clips("train")] == [c.seconds for c in whole.cache.clips("train")]
+    assert run.folder != whole.folder and not run.is_finished()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "transcripts.json", "record.json"])
+def test_what_was_deleted_is_made_again_without_training(folder, whole, tmp_path, name, monkeypatch):
+    shutil.copytree(whole.folder, tmp_path / whole.folder.name)
+    run = make_run(folder, tmp_path, whole.decoder)
+    (run.folder / name).unlink()
+    assert not run.is_finished()
+    trained = count_epochs(monkeypatch)
     train(run)
-    (run.folder / "model.pt").unlink()
-    assert not run.is_finished
-    train(run)
-    assert_same_run(run, runs["lstm"])
+    assert_same_run(run, whole)
+    assert trained == []
 
 
 def test_another_way_to_decode_scores_a_trained_run_again_and_trains_nothing(folder, whole, tmp_path, monkeypatch):
     shutil.copytree(whole.folder, tmp_path / whole.folder.name)
     run = make_run(folder, tmp_path, whole.decoder, attention_window=0.1)
-    assert run.folder.name == whole.folder.name and run.is_trained and not run.is_finished
+    assert run.folder.name == whole.folder.name and not run.is_finished() and run.record_name != whole.record_name
     monkeypatch.setattr(nb, "train_epoch", lambda *args: pytest.fail("it trains"))
     windows, genuine = set(), nb.SpeechToText.start
     monkeypatch.setattr(nb.SpeechToText, "start", lambda *args: windows.add(genuine(*args).window) or genuine(*args))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
+        install(patch, "before transcripts.json", interrupt)
+        train(run)
+    for half_way in (run, make_run(folder, tmp_path, whole.decoder)):  # weights of one, transcripts of the other
+        assert not half_way.is_finished()
     train(run)
     assert windows == {round(0.1 * RATE / 220 / 4)}
-    assert run.is_finished and run.changes["attention_window"] == 0.1 and "attention_window" in run.record["command"]
-    ours, before = run.record, whole.record
-    assert ours["scored_again"] is True and before["scored_again"] is False
+    assert run.is_finished() and "attention_window" in run.record()["command"]
+    ours, before = run.record(), whole.record()
     assert ours["config"] == before["config"] | {"attention_window": 0.1}
-    assert all(ours[key] == before[key] for key in ("history", "trained_by", "seconds", "dataset", "seed"))
+    assert all(ours[key] == before[key] for key in ("history", "seconds", "dataset", "seed"))
     theirs = weights(whole)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(run).items())
 
-    model, clips = nb.load_model(run.folder / "model.pt"), run.cache.clips("test")
-    written = json.loads((run.folder / "transcripts.json").read_text())["test"]
-    assert list(written.values()) == nb.transcripts(model, clips, run.cache)
+    model, clips = nb.load_model(run.folder / "model.safetensors"), run.cache.clips("test")
+    assert list(run.transcripts()["test"].values()) == nb.transcripts(model, clips, run.cache)
     assert model.settings == run.settings
     back = make_run(folder, tmp_path, whole.decoder)
     train(back)
@@ -484,20 +499,6 @@ def test_another_way_to_decode_scores_a_trained_run_again_and_trains_nothing(fol
 
 def cut(path):
     os.truncate(path, path.stat().st_size // 2)
-
-
-DAMAGES = {
-    "progress is empty": lambda run: (run.folder / "progress.json").write_text(""),
-    "progress is cut off": lambda run: cut(run.folder / "progress.json"),
-    "progress is something else": lambda run: (run.folder / "progress.json").write_text("[1, 2]"),
-    "the checkpoint is gone": lambda run: (run.folder / "checkpoint-001").rename(run.root / "elsewhere"),
-    "weights are cut off": lambda run: cut(run.folder / "checkpoint-001" / "model.safetensors"),
-    "weights are gone": lambda run: (run.folder / "checkpoint-001" / "model.safetensors").unlink(),
-    "the optimizer is cut off": lambda run: cut(run.folder / "checkpoint-001" / "optimizer.bin"),
-    "the average is cut off": lambda run: cut(run.folder / "checkpoint-001" / "custom_checkpoint_0.pkl"),
-    "random states are cut off": lambda run: cut(run.folder / "checkpoint-001" / "random_states_0.pkl"),
-    "random states are gone": lambda run: (run.folder / "checkpoint-001" / "random_states_0.pkl").unlink(),
-}
 
 
 @pytest.fixture(scope="module")
@@ -510,77 +511,289 @@ def interrupted(folder, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_in_one_line(folder, interrupted, tmp_path, damage):
-    run = make_run(folder, tmp_path / "runs")
-    shutil.copytree(interrupted, tmp_path / "runs")
-    DAMAGES[damage](run)
-    with pytest.raises(InputError) as error:
-        train(run)
-    message = str(error.value)
-    assert str(run.folder) in message and "delete the folder" in message and "\n" not in message
-
-
-@pytest.mark.parametrize("damage", [*list(DAMAGES)[:3], "progress has no history"])
-def test_damaged_progress_is_named_where_both_decoders_train_at_once(folder, interrupted, tmp_path, damage):
-    run = make_run(folder, tmp_path / "runs")
-    shutil.copytree(interrupted, tmp_path / "runs")
-    if damage in DAMAGES:
-        DAMAGES[damage](run)
-    else:
-        (run.folder / "progress.json").write_text('{"checkpoint": "checkpoint-001"}')
-    with pytest.raises(InputError) as error:
-        nb.train_at_once([run])
-    message = str(error.value)
-    assert str(run.folder) in message and "delete the folder" in message and "\n" not in message
-
-
-class OneAfterTheOther(ThreadPoolExecutor):
+class OneAfterTheOther:
     """In the place of processes, which cannot load the notebook's definitions from a test."""
 
-    def __init__(self, max_workers):
-        super().__init__(1)
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except InputError as error:
+            future.set_exception(error)
+        return future
 
     def shutdown(self, kill_workers):
-        super().shutdown()
+        assert kill_workers
 
 
-def test_a_decoder_that_fails_is_named_and_the_other_one_finishes(folder, interrupted, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(nb, "get_reusable_executor", OneAfterTheOther)
-    monkeypatch.setattr(nb, "precision", lambda cpu: "no")
-    monkeypatch.setattr(os, "getppid", os.getpid)
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr("loky.get_reusable_executor", lambda max_workers: OneAfterTheOther())
+    monkeypatch.setattr(utils, "choose_precision", lambda cpu: "no")
+    return lambda *runs: asr.train_all(nb.train, [*runs], True, 1)
+
+
+def test_both_decoders_at_once_are_the_same_runs(folder, runs, tmp_path, at_once, capsys):
+    both = [make_run(folder, tmp_path, decoder) for decoder in DECODERS]
+    at_once(*both)
+    for run in both:
+        assert_same_run(run, runs[run.decoder])
+    printed = capsys.readouterr().out.splitlines()
+    epochs = [line.split(":")[0] for line in printed if " epoch " in line]
+    assert sorted(epochs) == sorted(f"{d:11s} epoch {n:2d} of 3" for d in DECODERS for n in (1, 2, 3))
+    assert len(printed) == 12  # and a sentence below each
+
+
+def test_a_decoder_that_fails_is_named_and_the_other_one_finishes(folder, interrupted, tmp_path, at_once, capsys):
     shutil.copytree(interrupted, tmp_path / "runs")
-    broken, other = (make_run(folder, tmp_path / "runs", decoder) for decoder in ("lstm", "transformer"))
-    cut(broken.folder / "checkpoint-001" / "model.safetensors")
-    with pytest.raises(InputError, match="delete the folder"):
-        nb.train_at_once([broken, other])
-    printed = capsys.readouterr().out
-    assert "lstm: going on after epoch 1 " in printed and "lstm: FAILED: " in printed
-    assert other.is_finished and not broken.is_finished
+    broken, other = (make_run(folder, tmp_path / "runs", decoder) for decoder in DECODERS)
+    cut(broken.folder / "last.pt")
+    with pytest.raises(InputError, match="delete it"):
+        at_once(broken, other)
+    assert "lstm: FAILED: " in capsys.readouterr().out
+    assert other.is_finished() and not broken.is_finished()
 
 
-def test_a_second_process_does_not_train_the_same_run(folder, interrupted, tmp_path):
+def test_a_second_process_does_not_train_the_same_run(folder, interrupted, tmp_path, at_once):
     run = make_run(folder, tmp_path / "runs")
     shutil.copytree(interrupted, tmp_path / "runs")
-    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    before = tree(run.folder) | {run_files.LOCK: b""}
     with run_files.lock_folder(run.folder), pytest.raises(InputError) as error:
-        train(run)
+        at_once(run)
     assert str(run.folder) in str(error.value) and "another process" in str(error.value)
-    for path, content in before.items():
-        assert path.read_bytes() == content
-    train(run)
-    assert run.is_finished
+    assert tree(run.folder) == before
+    at_once(run)
+    assert run.is_finished()
 
 
-def watched_by_a_process_that_is_gone(folder, root):
+def train_on_a_small_disk(folder, root):
+    """No file may be larger than 50 kB, which a checkpoint is; 3 tells that training ended in one line about it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     run = make_run(folder, root)
-    nb.precision = lambda cpu: "no"
-    nb.train(run, True, watcher=os.getppid() + 1)
+    try:
+        train(run)
+    except InputError as error:
+        assert os.strerror(errno.EFBIG) in str(error) and str(run.folder) in str(error) and "\n" not in str(error)
+        os._exit(3)
 
 
-def test_training_stops_when_the_notebook_that_started_it_is_gone(folder, tmp_path):
-    assert in_a_child(watched_by_a_process_that_is_gone, folder, tmp_path) == 1
-    assert not list(make_run(folder, tmp_path).folder.glob("checkpoint-*"))
+def test_a_disk_that_is_full_is_said_in_one_line_and_costs_an_epoch(folder, interrupted, runs, tmp_path, monkeypatch):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    run = make_run(folder, tmp_path)
+    before = tree(run.folder) | {run_files.LOCK: b""}
+    assert len(before["last.pt"]) > 50_000
+    assert in_a_child(train_on_a_small_disk, folder, tmp_path) == 3
+    assert tree(run.folder) == before  # no part of a checkpoint is left
+    trained = count_epochs(monkeypatch)
+    train(run)
+    assert trained == [2, 3]
+    assert_same_run(run, runs["lstm"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "transcripts.json", "record.json"])
+def test_a_disk_that_is_full_at_the_end_costs_nothing(folder, runs, tmp_path, name, monkeypatch):
+    shutil.copytree(runs["lstm"].folder, tmp_path / runs["lstm"].folder.name)
+    run, genuine = make_run(folder, tmp_path), run_files.write_whole
+    (run.folder / "record.json").unlink()
+
+    def full(path, content):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        genuine(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_files, "write_whole", full)
+        with pytest.raises(InputError, match=os.strerror(errno.ENOSPC)) as error:
+            train(run)
+    assert "\n" not in str(error.value) and not run.is_finished()
+    train(run)
+    assert_same_run(run, runs["lstm"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Damaged files, and files of strangers
+
+
+class Code:
+    """What a pickle from a stranger can do."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize("name", ["last.pt", "model.safetensors"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(pickle.dumps(Code())),
+        lambda path: torch.save(Code(), path),
+        lambda path: torch.save({"model": {}, "history": Code()}, path),
+        lambda path: torch.save({"history": Code()}, path, _use_new_zipfile_serialization=False),
+    ],
+)
+def test_no_file_of_a_run_can_run_code(folder, interrupted, tmp_path, name, write, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(interrupted, tmp_path / "runs")
+    run = make_run(folder, tmp_path / "runs")
+    write(path := run.folder / name)
+    with pytest.raises(InputError) as error:
+        train(run) if name == "last.pt" else nb.load_model(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def with_history(change):
+    return lambda content: content | {"history": change(content["history"])}
+
+
+FOREIGN = {
+    "an emptied history": with_history(lambda history: []),
+    "a history that goes on": with_history(lambda history: [history[0] | {"epoch": n} for n in range(1, 6)]),
+    "a history of later epochs": with_history(lambda history: [history[0] | {"epoch": 2}]),
+    "an epoch twice": with_history(lambda history: history * 2),
+    "other settings": lambda content: content | {"settings": content["settings"] | {"label_smoothing": 0.2}},
+    "another dataset": lambda content: content | {"dataset": content["dataset"] | {"sha256": 64 * "0"}},
+    "another seed": lambda content: content | {"seed": 2},
+    "another decoder": lambda content: content | {"decoder": "transformer"},
+    "weights of another network": lambda content: content | {"model": network("lstm", width=8).state_dict()},
+    "no averages": lambda content: content | {"optimizer": {}},
+    "averages of another epoch": lambda content: (
+        content | {"optimizer": {n: state | {"step": state["step"] + 3} for n, state in content["optimizer"].items()}}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_nothing_is_trained_on_a_checkpoint_of_something_else(folder, interrupted, tmp_path, kind, monkeypatch):
+    shutil.copytree(interrupted, tmp_path / "runs")
+    run = make_run(folder, tmp_path / "runs")
+    path = run.folder / "last.pt"
+    torch.save(FOREIGN[kind](torch.load(path, weights_only=True)), path)
+    before, trained = tree(run.folder) | {run_files.LOCK: b""}, count_epochs(monkeypatch)
+    with pytest.raises(InputError) as error:
+        train(run)
+    message = str(error.value)
+    assert message.startswith(str(path)) and "delete it" in message and "\n" not in message
+    assert trained == [] and tree(run.folder) == before
+
+
+STRANGE = (None, True, 0, -1, 3, 2.5, math.inf, math.nan, 10**400, "", "lstm", "\ud800", "a\nb", [], [1], {}, {"a": 1})
+
+
+def places(value, path=()):
+    """The paths to all values within JSON-like `value`."""
+    yield path
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(part, (*path, key))
+
+
+def altered(content, rng):
+    """A copy of a JSON-like content with one value deleted, replaced by a strange one, or by another value of it."""
+    whole = {"": copy.deepcopy(content)}
+    paths = [path for path in places(content) if path]
+    (*way, last), (*_, other) = ("", *paths[rng.integers(len(paths))]), paths[rng.integers(len(paths))]
+    target = whole
+    for key in way:
+        target = target[key]
+    kind = rng.integers(4)
+    if kind == 0:
+        del target[last]
+    elif kind == 1:
+        target[last] = STRANGE[rng.integers(len(STRANGE))]
+    elif kind == 2 and isinstance(target, dict) and "optimizer" not in way[1:] and "model" not in way[1:]:
+        target[last] = target[other if other in target else rng.choice(list(target))]
+    else:
+        deep = []
+        for _ in range(100):
+            deep = [deep]
+        target[last] = deep
+    return whole[""]
+
+
+def damaged_bytes(content, rng):
+    """Cut off, with a bit flipped, with a stretch overwritten or lost, or with something added."""
+    place = int(rng.integers(len(content)))
+    return [
+        lambda: content[:place],
+        lambda: content[:place] + bytes([content[place] ^ (1 << int(rng.integers(8)))]) + content[place + 1 :],
+        lambda: content[:place] + rng.bytes(64) + content[place + 64 :],
+        lambda: content[:place] + content[place + 64 :],
+        lambda: content[:place] + content[place : place + 64] + content[place:],
+        lambda: content[:8] + struct.pack("<Q", 2**62) + content[16:],
+    ][rng.integers(6)]()
+
+
+def damage(path, rng):
+    """Damage a file's bytes, or what they say."""
+    if rng.random() < 0.4:
+        path.write_bytes(damaged_bytes(path.read_bytes(), rng))
+    elif path.suffix == ".json":
+        text = json.dumps(altered(json.loads(path.read_text()), rng))
+        path.write_text(text if rng.random() < 0.9 else text.replace("1", "1" + 5000 * "0", 1))
+    elif path.suffix == ".pt":
+        torch.save(altered(torch.load(path, weights_only=True), rng), path)
+    else:
+        tensors, about = run_files.load_weights(path)
+        about = json.loads(json.dumps(altered(about, rng) if rng.random() < 0.5 else about).replace("NaN", "1"))
+        one, other = rng.choice(list(tensors), 2)
+        for name, tensor in [(one, torch.zeros(3)), (f"{one}.", tensors[other].clone())]:
+            if rng.random() < 0.3:
+                tensors[name] = tensor
+        run_files.save_weights(path, tensors, json.loads(json.dumps(about).replace("Infinity", "1")))
+
+
+def read_as_a_notebook_does(run):
+    """What is made of a finished run's files, down to what is shown of them; whatever it raises."""
+    if run.is_finished():
+        record, texts = run.record(), run.transcripts()
+        asr.progress(run, record["history"]).encode()
+        asr.plot_speech_curves({"LSTM": record["history"]}, record["date"][:10])
+        asr.score_table({split: record[split] for split in run.test_splits})
+        asr.score_table({split: record[split]["cut_to_97"] for split in run.test_splits})
+        asr.transcript_table(["said"] * 3, {"LSTM": list(texts["test"].values())[:3]}).encode()
+    model = nb.load_model(run.folder / "model.safetensors", run.decoder)
+    going_on = nb.new_model(run)
+    history = run.resume(going_on, optimizer := torch.optim.AdamW(going_on.parameters()))
+    asr.progress(run, history).encode()
+    sum(parameter.sum() for parameter in going_on.parameters()).backward()
+    optimizer.step()
+    return model.state_dict(), going_on.state_dict()
+
+
+def test_every_number_that_is_shown_of_a_record_is_looked_at(folder, whole, tmp_path):
+    run = make_run(folder, tmp_path, whole.decoder)
+    shutil.copytree(whole.folder, run.folder)
+    record, rng = whole.record(), np.random.default_rng(0)
+    for way in [("test",), ("test_other", "cut_to_97"), ("history", 1, "val"), ("history", 2, "train")]:
+        for key in asr.SCORES.keys() - {"loss"} if way[-1] != "train" else {"loss"}:
+            spoilt = copy.deepcopy(record)
+            scores = spoilt
+            for step in way:
+                scores = scores[step]
+            scores[key] = [None, "0.5", [], math.nan, math.inf, 10**400, True][rng.integers(7)]
+            (run.folder / "record.json").write_text(json.dumps(spoilt))
+            with pytest.raises(InputError, match="delete it"):
+                run.is_finished()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "model.safetensors", "record.json", "transcripts.json"])
+def test_a_damaged_file_gives_the_right_result_or_one_line(folder, whole, tmp_path, name):
+    shutil.copytree(whole.folder, tmp_path / whole.folder.name)
+    run = make_run(folder, tmp_path, whole.decoder)
+    content, expected = (run.folder / name).read_bytes(), read_as_a_notebook_does(run)
+    rng, refused = np.random.default_rng([len(name), DECODERS.index(whole.decoder)]), 0
+    for number in range(25):
+        (run.folder / name).write_bytes(content)
+        damage(run.folder / name, rng)
+        try:
+            found = read_as_a_notebook_does(run)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 600, number
+        else:
+            for ours, theirs in zip(found, expected, strict=True):
+                assert all(torch.equal(ours[key], theirs[key]) for key in theirs), number
+    assert refused > 12
 
 
 @pytest.mark.parametrize("guide_weight", [0.0, 0.3])
@@ -589,6 +802,15 @@ def test_a_loss_that_diverges_is_said_in_one_line(folder, tmp_path, guide_weight
     with pytest.raises(InputError) as error:
         train(run)
     assert "try a lower learning_rate" in str(error.value) and "\n" not in str(error.value)
+    assert not run.is_finished() and not (run.folder / "last.pt").exists()
+
+
+def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_kept(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(nb, "learning_rate", lambda step, *rest: 1e-3 if step < 5 else 1e38)
+    run = make_run(folder, tmp_path, clip_norm=None)
+    with pytest.raises(InputError, match="diverged in epoch 2: try a lower learning_rate"):
+        train(run)
+    assert len(epochs_in(run.folder / "last.pt")) == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -598,11 +820,11 @@ def test_a_loss_that_diverges_is_said_in_one_line(folder, tmp_path, guide_weight
 def train_in_two_processes(folder, root, decoder):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    nb.precision = lambda cpu: "no"
+    utils.choose_precision = lambda cpu: "no"
     nb.MICRO_BATCH = 1  # gradients are exchanged once a batch, not once a part
     record_norms(pytest.MonkeyPatch(), root / "norms")
     run = make_run(folder, root, decoder, **DETERMINED)
-    debug_launcher(nb.train, (run, True), num_processes=2)
+    asr.train_all(nb.train, [run], True, 2)
 
 
 @both_decoders
@@ -613,10 +835,10 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path, decoder, monkeypa
     record_norms(monkeypatch, one.root / "norms")
     train(one)
     assert in_a_child(train_in_two_processes, folder, tmp_path / "two", decoder) == 0
-    assert (one.record["processes"], two.record["processes"]) == (1, 2)
+    assert (one.record()["processes"], two.record()["processes"]) == (1, 2)
     norms = [list(map(float, (run.root / "norms").read_text().split())) for run in (one, two)]
     assert len(norms[0]) == 9 and norms[1] == pytest.approx(norms[0], rel=1e-3)
-    for ours, expected in zip(two.record["history"], one.record["history"], strict=True):
+    for ours, expected in zip(two.record()["history"], one.record()["history"], strict=True):
         assert ours["train"] == pytest.approx(expected["train"], rel=2e-4)
         for loss in ("loss", "ctc_loss"):
             assert ours["val"][loss] == pytest.approx(expected["val"][loss], rel=2e-4)
@@ -627,9 +849,9 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path, decoder, monkeypa
 
 def test_more_processes_than_a_batch_has_clips_are_refused(folder, tmp_path, monkeypatch):
     run = make_run(folder, tmp_path, batch_size=5)  # twelve clips make batches of four
-    monkeypatch.setattr(nb, "Accelerator", lambda **options: SimpleNamespace(num_processes=5, is_main_process=True))
+    monkeypatch.setattr(Accelerator, "num_processes", 5)
     with pytest.raises(InputError, match="5 processes cannot share a batch of 4 clips"):
-        nb.train(run, True)
+        train(run)
 
 
 def train_in_bfloat16(folder, root):
@@ -641,8 +863,8 @@ def test_bfloat16_learns_nearly_the_same(folder, tmp_path):
     half, full = (make_run(folder, tmp_path / name, "transformer", **DETERMINED) for name in ("bf16", "no"))
     assert in_a_child(train_in_bfloat16, folder, tmp_path / "bf16") == 0
     train(full)
-    assert half.record["precision"] == "bf16"
-    losses = [[entry["train"]["loss"] for entry in run.record["history"]] for run in (half, full)]
+    assert half.record()["precision"] == "bf16"
+    losses = [[entry["train"]["loss"] for entry in run.record()["history"]] for run in (half, full)]
     assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
 
 
@@ -661,7 +883,7 @@ def test_bfloat16_is_used_where_the_hardware_computes_with_it(monkeypatch, gpu, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu or including_emulation)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert nb.precision(cpu) == expected
+    assert utils.choose_precision(cpu) == expected
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -672,52 +894,21 @@ KINDS = {"lstm": nb.TextDecoderRecurrent, "transformer": nb.TextDecoderTransform
 
 
 def test_a_model_is_loaded_as_it_was_saved(whole):
-    model = nb.load_model(whole.folder / "model.pt")
+    model = nb.load_model(whole.folder / "model.safetensors")
     assert not model.training and isinstance(model.decoder, KINDS[whole.decoder])
     for name, value in weights(whole).items():
         assert torch.equal(model.state_dict()[name], value)
 
 
-def change(key, value):
-    def spoil(path):
-        contents = torch.load(path, weights_only=True)
-        torch.save(contents | {key: value} if key else value, path)
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        pytest.param(cut, id="cut off"),
-        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
-        pytest.param(lambda path: path.write_text("epoch,loss\n1,2\n"), id="text"),
-        pytest.param(lambda path: np.savez(path.open("wb"), a=np.zeros(3)), id="another archive"),
-        pytest.param(change(None, [1, 2]), id="a list"),
-        pytest.param(change("weights", {}), id="no weights"),
-        pytest.param(change("settings", {"colour": "blue"}), id="other settings"),
-        pytest.param(change("decoder", "mamba"), id="unknown decoder"),
-        pytest.param(lambda path: (path.unlink(), path.mkdir()), id="a folder"),
-    ],
-)
-def test_a_damaged_model_is_named_in_one_line(whole, tmp_path, spoil):
-    path = tmp_path / "model.pt"
-    path.write_bytes((whole.folder / "model.pt").read_bytes())
-    spoil(path)
-    with pytest.raises(InputError) as error:
-        nb.load_model(path, whole.decoder)
-    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
-
-
 def test_the_other_decoder_and_no_file_are_named(whole, tmp_path):
     other = OTHER[whole.decoder]
-    path = whole.folder / "model.pt"
+    path = whole.folder / "model.safetensors"
     with pytest.raises(InputError) as error:
         nb.load_model(path, other)
     assert str(error.value) == f"{path}: holds the {whole.decoder} decoder, not the {other} decoder"
     with pytest.raises(InputError) as error:
-        nb.load_model(tmp_path / "model.pt", other)
-    assert str(error.value) == f"{tmp_path / 'model.pt'}: no such file"
+        nb.load_model(tmp_path / "model.safetensors", other)
+    assert str(error.value) == f"{tmp_path / 'model.safetensors'}: no such file"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -728,9 +919,9 @@ def test_the_other_decoder_and_no_file_are_named(whole, tmp_path):
 def learned(request, folder, tmp_path_factory):
     """A run that knows its twelve clips by heart: an epoch has them twenty times."""
     run = make_run(folder, tmp_path_factory.mktemp("learned"), request.param, **DETERMINED, **BY_HEART)
-    splits = run.corpus.splits | {"train": run.corpus.splits["train"] * 20}
-    corpus = nb.replace(run.corpus, splits=splits)
-    run = nb.replace(run, corpus=corpus, cache=nb.replace(run.cache, corpus=corpus))
+    splits = run.cache.corpus.splits
+    corpus = nb.replace(run.cache.corpus, splits=splits | {"train": splits["train"] * 20})
+    run = nb.replace(run, cache=nb.replace(run.cache, corpus=corpus))
     train(run)
     return run
 
@@ -740,19 +931,19 @@ BY_HEART |= {"learning_rate": 5e-3, "warmup_steps": 10}
 
 
 def test_a_few_clips_are_learned_by_heart(learned):
-    history = learned.record["history"]
+    history = learned.record()["history"]
     losses = [entry["train"]["loss"] for entry in history]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1 * losses[0]
-    model = nb.load_model(learned.folder / "model.pt", learned.decoder)
+    model = nb.load_model(learned.folder / "model.safetensors", learned.decoder)
     clips = learned.cache.clips("train")[:12]
     heard = 5 * 20 * sum(clip.seconds for clip in clips) / 3600
-    assert learned.record["audio_hours"] == pytest.approx(heard, abs=0.01)
+    assert learned.record()["audio_hours"] == pytest.approx(heard, abs=0.01)
     scores = nb.score([clip.text for clip in clips], nb.transcripts(model, clips, learned.cache))
     assert scores["damerau_levenshtein"] > 0.98 and scores["cer"] < 0.03, scores
 
 
 def test_the_other_ways_of_decoding_read_them_too(learned):
-    model = nb.load_model(learned.folder / "model.pt", learned.decoder)
+    model = nb.load_model(learned.folder / "model.safetensors", learned.decoder)
     clips = learned.cache.clips("train")[:12]
     written = {"ctc": [], "beam": [], "both": []}
     for clip in clips:
@@ -781,7 +972,7 @@ FILES = {
 @pytest.mark.parametrize("kind", FILES)
 def test_recordings_of_any_kind_are_transcribed(learned, tmp_path, kind, monkeypatch):
     rate, channels, suffix, subtype = FILES[kind]
-    model = nb.load_model(learned.folder / "model.pt", learned.decoder)
+    model = nb.load_model(learned.folder / "model.safetensors", learned.decoder)
     genuine, heard = model.generate, []
     monkeypatch.setattr(model, "generate", lambda audio, lengths: heard.append(audio) or genuine(audio, lengths))
     right = 0
@@ -817,8 +1008,8 @@ def test_a_pause_like_those_in_training_clips_does_not_cut_a_recording(folder, t
     first, second = (utils.read_wav(clip.path, RATE)[0] for clip in cache.clips("train")[:2])
     samples = np.concatenate([first, np.zeros(RATE // 2, np.float32), second])
     soundfile.write(tmp_path / "comma.wav", samples, RATE)
-    pause = nb.longest_pause(samples, RATE)
-    assert 0.5 <= pause < 0.75 and nb.longest_pause(first[: RATE // 3], RATE) == 0.3
+    pause = asr.longest_pause(samples, RATE)
+    assert 0.5 <= pause < 0.75 and asr.longest_pause(first[: RATE // 3], RATE) == 0.3
     nb.transcript_of(tmp_path / "comma.wav", model, 10.0, pause)
     assert pieces == [len(samples) // 220 + 1]
     nb.transcript_of(tmp_path / "comma.wav", model, 10.0)
@@ -847,9 +1038,9 @@ def test_ten_minutes_are_transcribed_in_pieces_and_silent_ones_passed_over(tmp_p
     assert len(pieces) == 2
 
 
-@pytest.mark.parametrize("seconds", [1 / RATE, 0.02, 1.0])
+@pytest.mark.parametrize("seconds", [2 / RATE, 0.02, 1.0])
 def test_short_recordings_are_no_error(tmp_path, seconds):
-    soundfile.write(tmp_path / "short.wav", 0.5 * np.ones(round(seconds * RATE)), RATE)
+    soundfile.write(tmp_path / "short.wav", 0.5 * (-1) ** np.arange(round(seconds * RATE)), RATE)
     assert isinstance(nb.transcript_of(tmp_path / "short.wav", network("transformer")), str)
 
 
