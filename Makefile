@@ -91,7 +91,7 @@ q2-records: $(READY)  ## question 2: every record that the README quotes (REAL=s
 # LJ Speech, or a part of it, in its own layout; the texts of all its clips.
 REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
-RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir results/q3 -p extra_clips 150
+RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir results/q3 -p extra_clips 50
 
 q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH=LJSpeech-1.1)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)

@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> None:
         part |= {"seconds": round(time.monotonic() - began, 1), "left_out": bench.left_out}
         record.setdefault(question, {})[function.__name__] = part
         record["seconds"] = round(sum(part["seconds"] for part in parts_of(record).values()), 1)
-        write_json(out, record)
+        write_json(out, record | {"table": table(record)})  # README and report show it
     print(f"{table(record)}\n{out}")
 
 

@@ -441,6 +441,8 @@ def devices() -> str:
     made = f"The records were made on: {', '.join(sorted(used))}."
     if used == {"cpu"}:
         made = "**Nothing on this page was measured on a GPU:** every record names the CPU as its device."
+    if (RESULTS / "gpu.json").exists():
+        made += f" On a GPU ({link('record', 'gpu.json')}):\n\n{read('gpu.json')['table']}\n\n"
     difference = read("q3/run.json")["one_and_two"]["relative_difference"]
     return (
         f"{made} On a CPU, two processes that share every batch of question 3 have the training losses of one, but for "
