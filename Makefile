@@ -95,13 +95,12 @@ RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir r
 
 q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH=LJSpeech-1.1)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
-	$(RECORDED) -p data spoken -p seed 42
+	$(BIN)/python benchmarks/run_q3.py -records results/q3 -out results/q3/run.json  # with seed 42
 	$(RECORDED) -p data spoken -p seed 43
 	$(RECORDED) -p data spoken -p seed 44
 	$(RECORDED) -p data spoken -p preset homework
 	$(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 -y '{overrides: {epochs: 120, warmup_steps: 50}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json
-	$(BIN)/python benchmarks/run_q3.py -out results/q3/run.json
 	$(BIN)/python report/transcripts.py
 
 # One run of each, to compare with seed 42: what the parts of the preset `improved` are worth.

@@ -1,6 +1,6 @@
 """Whole runs of hw2-q3.ipynb: how long one takes, and one process against two.
 
-    python benchmarks/run_q3.py [-out results/q3/run.json]
+    python benchmarks/run_q3.py [-out results/q3/run.json] [-records results/q3]
 
 1. What `make q3 ARGS="-p data spoken"` does, without anything at hand: the corpus is spoken, both decoders are trained
    and scored, the page is written. Nothing else should run meanwhile: the bar of ten minutes is for two idle cores.
@@ -35,10 +35,11 @@ def run_notebook(folder: Path, **parameters) -> dict[str, dict]:
     return {record["config"]["decoder"]: record for record in records}
 
 
-def time_a_run(folder: Path) -> dict:
+def time_a_run(folder: Path, records_dir: Path | None) -> dict:
     """Seconds of the whole notebook and of its page, from an empty folder, and what came of it."""
+    kept = {"records_dir": records_dir.resolve(), "extra_clips": 50} if records_dir else {}
     began = time.monotonic()
-    records = run_notebook(folder)
+    records = run_notebook(folder, **kept)
     seconds = round(time.monotonic() - began, 1)
     return {
         **{key: records["lstm"][key] for key in ("dataset", "seed", "device", "threads")},
@@ -63,12 +64,14 @@ def compare_processes(folder: Path) -> dict:
 def main() -> int:
     parser = runs.Parser(__doc__)
     parser.add_argument("-out", type=Path, metavar="RECORD", help="write a record")
+    parser.add_argument("-records", type=Path, metavar="FOLDER", help="keep the records of the first run there")
     args = parser.parse_args()
     record = runs.run_environment()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        record |= {"load_before": load, **time_a_run(folder / "whole"), "one_and_two": compare_processes(folder)}
+        record |= {"load_before": load, **time_a_run(folder / "whole", args.records)}
+        record["one_and_two"] = compare_processes(folder)
     minutes, difference = record["seconds"] / 60, record["one_and_two"]["relative_difference"]
     print(f"the whole notebook: {minutes:.1f} minutes (bar: {MINUTES})")
     print(f"one process and two: losses differ by {difference:.1e} (bar: {DIFFERENCE:.0e})")

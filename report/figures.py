@@ -399,11 +399,7 @@ def q3_alignments() -> Figure:
 def q3_length() -> Figure:
     improved = [group for group in read("q3/analysis.json")["groups"] if group["preset"] == "improved"]
     small = next(g["splits"] for g in improved if g["dataset"]["name"] == "spoken corpus" and not g["changes"])
-    texts = [g for g in improved if g["dataset"]["name"] == "LJ Speech texts, spoken"]
-    large = next((g["splits"] for g in texts if "attention_window" not in g["changes"]), None)
-    shown = {"test": small["test"], "new words": small["test_new_words"]} | (
-        {"LJ texts": large["test"]} if large else {}
-    )
+    shown = {"test": small["test"], "new words": small["test_new_words"]}
     figure, panels = new_figure(len(shown), height=1.5)
     for axes, (title, decoders) in zip(panels, shown.items(), strict=True):
         for decoder, (name, colour) in DECODERS.items():
