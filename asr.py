@@ -147,7 +147,8 @@ class SpeechRun:
     @property
     def record_name(self) -> str:
         """What its record is called under results/."""
-        return self.folder.name + ("-other-window" if "attention_window" in self.changes else "")
+        window = f"-window-{self.settings.attention_window}" if "attention_window" in self.changes else ""
+        return self.folder.name + window
 
     def is_finished(self) -> bool:
         """Whether it is trained, and scored as the settings decode. Raises InputError for a damaged record."""
@@ -340,6 +341,7 @@ def take_part(rank: int, train: Callable, run: SpeechRun, on_cpu: bool, processe
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": "1",  # else Accelerate lets each process use all cores, and they wait for each other
     } | loopback
     backend = "gloo" if on_cpu else "nccl"
     torch.distributed.init_process_group(backend, init_method=store.as_uri(), rank=rank, world_size=processes)

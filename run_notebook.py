@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         notebook = papermill.execute_notebook(NOTEBOOK, result, given, **options)
     except PapermillExecutionError as error:
-        name = "" if error.ename in ("InputError", "Elsewhere") else f"{error.ename} in {result}: "
+        name = "" if error.ename in ("InputError", "MissingPackage") else f"{error.ename} in {result}: "
         raise InputError(f"{name}{one_line(error.evalue)}") from None
     write_page(notebook, result.with_suffix(".html"))
     print(f"open {result.with_suffix('.html')}: curves, tables, alignments, transcripts")
