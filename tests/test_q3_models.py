@@ -39,7 +39,7 @@ def tiny(**changes):
     """Settings of a network that is quick on one thread."""
     small = {"width": 16, "heads": 2, "encoder_blocks": 2, "kernel_size": 3, "n_mels": 12, "dropout": 0.0}
     fixed = {"subsampling": 4, "block_form": "statement", "ctc_weight": 0.3, "guide_weight": 0.0, "spec_augment": False}
-    fixed |= {"normalise_clips": False, "mel_shift": 0.0, "attention_window": None}
+    fixed |= {"normalise_clips": False, "mel_shift": 0.0, "text_dropout": 0.0, "attention_window": None}
     return nb.replace(nb.PRESETS["improved"], **(small | fixed | changes))
 
 
@@ -1084,6 +1084,18 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_clips(decoder, guided):
     expected = sum(losses_by_hand(model, 0.1, a[:n], t, guided) for a, n, t in clips)
     close(ours, expected, atol=2e-4)
     assert ours[:2].gt(1).all() and (ours[2] > 0) == guided
+
+
+def test_text_dropout_hides_its_share_of_the_characters_in_training_alone():
+    objective = nb.Objective(network("lstm"), tiny(text_dropout=0.25))
+    text = random_batch([8] * 40, characters=100)[2]
+    text[:, -20:] = PAD
+    hidden = objective.train().hide_some(text)
+    changed = hidden != text
+    assert (hidden[changed] == UNKNOWN).all() and not changed[:, 0].any() and not changed[:, -20:].any()
+    assert changed[:, 1:-20].float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(objective.eval().hide_some(text), text)
+    assert torch.equal(nb.Objective(network("lstm"), tiny()).train().hide_some(text), text)
 
 
 def test_more_padding_changes_no_loss():

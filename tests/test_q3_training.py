@@ -74,7 +74,7 @@ def make_tones(folder: Path, splits=SPLITS, seed=0) -> Path:
 def small(**changes):
     """A run of three epochs of three steps, with chance in it: dropout and SpecAugment."""
     training = {"epochs": 3, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
-    chance = {"dropout": 0.1, "spec_augment": True, "mel_shift": 1.0, "guide_weight": 0.3, "bucketing": True}
+    chance = {"dropout": 0.1, "spec_augment": True, "mel_shift": 1.0, "text_dropout": 0.2, "guide_weight": 0.3}
     return tiny(**({"n_mels": 24} | training | chance | changes))
 
 
@@ -82,6 +82,7 @@ DETERMINED = {
     "dropout": 0.0,
     "spec_augment": False,
     "mel_shift": 0.0,
+    "text_dropout": 0.0,
 }  # nothing but weights and order is left to chance
 
 
