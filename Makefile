@@ -30,7 +30,7 @@ q2: $(READY)    ## question 2: train on OCTMNIST, or on phantoms where it cannot
 q2-grid: $(READY)  ## question 2, whole: three rates, the choice, no max-pool, three seeds
 	$(BIN)/python hw2-q2.py -grid -seeds 42 43 44 -jobs 2 $(ARGS)
 
-q3: $(READY)    ## question 3: both decoders on a spoken corpus (10 minutes), or on LJ Speech if it is in data/
+q3: $(READY)    ## question 3: both decoders on a spoken corpus, or LJ Speech if in data/ (10 minutes)
 	$(BIN)/python run_notebook.py $(ARGS)
 
 lab: $(READY)   ## the notebook of question 3 in Jupyter

@@ -18,13 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import click
 import papermill.cli
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 
+import run_notebook
 import runs
 import utils
 
@@ -253,16 +252,17 @@ def check_command(command: str, notebook) -> None:
         for line in done.stdout.replace("\\\n", " ").splitlines():
             check_command(line, notebook)
     elif program in ("python", "python3", "pytest"):
-        check_python(words, command)
+        check_python(words, command, notebook)
     elif program == "papermill":
-        check_parameters(words, notebook)
+        options = papermill.cli.papermill.make_context("papermill", list(words)).params
+        check_parameters(dict(options["parameters"]), notebook)
     else:
         assert program in TOOLS, command
         files = [word for word in words if re.search(r"\.(ipynb|txt|md)$", word) and not word.startswith("runs/")]
         assert all((ROOT / file).is_file() for file in files), command
 
 
-def check_python(words: list[str], command: str) -> None:
+def check_python(words: list[str], command: str, notebook) -> None:
     script, *words = words
     if script in ("-m", "-c"):
         assert script == "-c" or words[0] in ("venv", "pip", "pytest", "offline_data.speech"), command
@@ -275,6 +275,16 @@ def check_python(words: list[str], command: str) -> None:
             importlib.import_module(module).parse_arguments(words)
         except SystemExit as stop:  # -h ends with 0
             assert stop.code == 0, command
+        return
+    if module == "run_notebook":
+        try:
+            given = run_notebook.read_parameters(run_notebook.parse_arguments(words))
+        except SystemExit as stop:
+            assert stop.code == 0, command
+            return
+        except notebook.InputError as error:
+            raise AssertionError(error) from None
+        check_parameters(given, notebook)
         return
     source = (ROOT / script).read_text()
     for flag in re.findall(r"(?<!\S)--?[a-z]\w*", " ".join(words)):
@@ -289,15 +299,7 @@ def parameter_names() -> set[str]:
     return {target.id for statement in statements for target in statement.targets}
 
 
-def check_parameters(words: list[str], notebook) -> None:
-    try:
-        options = papermill.cli.papermill.make_context("papermill", list(words)).params
-    except click.ClickException as error:
-        raise AssertionError(error.format_message()) from None
-    assert (ROOT / options["notebook_path"]).is_file()
-    given = dict(options["parameters"])
-    for text in options["parameters_yaml"]:
-        given |= yaml.safe_load(text)
+def check_parameters(given: dict, notebook) -> None:
     assert set(given) <= parameter_names(), set(given) - parameter_names()
     try:
         notebook.choose_settings(given.get("preset", "improved"), given.get("overrides", {}))
@@ -356,7 +358,7 @@ def test_flags_that_the_readme_names_alone_exist(notebook):
     sources = "".join((ROOT / script).read_text() for script in ("attention_approx.py", "hw2-q2.py"))
     for span in spans:
         if span.startswith("-p "):
-            check_parameters(["hw2-q3.ipynb", "out.ipynb", *shlex.split(span)], notebook)
+            check_python(["run_notebook.py", *shlex.split(span)], span, notebook)
         else:
             assert f'"{span.split()[0]}"' in sources, span
 
