@@ -91,6 +91,7 @@ q2-records: $(READY)  ## question 2: every record that the README quotes (REAL=s
 # LJ Speech, or a part of it, in its own layout; the texts of all its clips.
 REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
+TEST_SPEECH ?= ../shared/data/ljspeech-chapters
 RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir results/q3 -p extra_clips 50
 
 q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH=LJSpeech-1.1)
@@ -114,10 +115,14 @@ q3-ablations: $(READY)  ## question 3: what single changes of the preset are wor
 	$(ABLATED) '{overrides: {spec_augment: true}}'
 	$(BIN)/python report/transcripts.py
 
-q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=metadata.csv)
+# What is to be tested on as real speech is read in no training: its texts, and three whole chapters.
+LONG := epochs: 9, dropout: 0.1, spec_augment: true, attention_window: 1
+q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=metadata.csv TEST_SPEECH=folder)
 	$(call needs,TEXTS,path/to/metadata.csv)
-	$(BIN)/python -m offline_data.speech -transcripts $(TEXTS) -out data/lj-text
-	$(RECORDED) -p data data/lj-text -y '{overrides: {epochs: 12, attention_window: 1}}' $(ARGS)
+	$(call needs,TEST_SPEECH,path/to/folder)
+	$(BIN)/python -m offline_data.speech -transcripts $(TEXTS) -out data/lj-text \
+	    -unread LJ001 LJ002 LJ050 $(TEST_SPEECH)/metadata.csv
+	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -y '{overrides: {$(LONG)}}' $(ARGS)
 	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where

@@ -18,7 +18,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -35,6 +36,7 @@ from runs import (
     InputError,
     end_with,
     load_checkpoint,
+    load_weights,
     lock_folder,
     mean_and_std,
     one_line,
@@ -117,7 +119,8 @@ class SpeechRun:
     seed: int
     cache: Any  # utils.FeatureCache
     root: Path
-    data: str = "auto"  # as it was asked for
+    asked: dict = field(default_factory=dict)  # the notebook's parameters that name the data, as they were given
+    pretrained: Path | None = None  # weights to start from
 
     @property
     def identity(self) -> dict:
@@ -125,7 +128,17 @@ class SpeechRun:
         settings = json.loads(json.dumps(asdict(self.settings)))
         del settings["attention_window"]
         dataset = self.cache.corpus.description
-        return {"decoder": self.decoder, "settings": settings, "seed": self.seed, "dataset": dataset}
+        identity = {"decoder": self.decoder, "settings": settings, "seed": self.seed, "dataset": dataset}
+        return identity | ({"pretrained": self.pretrained_on} if self.pretrained else {})
+
+    @cached_property
+    def pretrained_on(self) -> dict:
+        """The weights to start from: the file, its checksum, and what it was trained on. Raises InputError."""
+        _, about = load_weights(self.pretrained)
+        with reading(self.pretrained, "a network of this notebook"):
+            dataset = {key: about["dataset"][key] for key in ("name", "kind", "sha256")}
+        digest = hashlib.sha256(self.pretrained.read_bytes()).hexdigest()
+        return {"file": self.pretrained.name, "sha256": digest, "dataset": dataset}
 
     @property
     def folder(self) -> Path:
@@ -137,7 +150,7 @@ class SpeechRun:
     @property
     def command(self) -> str:
         """The command that makes this run's record."""
-        named = {"data": self.data, "preset": self.preset, "decoders": self.decoder, "seed": self.seed}
+        named = {"data": "auto", **self.asked, "preset": self.preset, "decoders": self.decoder, "seed": self.seed}
         if self.cache.corpus.splits["train"] == self.cache.corpus.splits["test"]:
             named["memorise"] = len(self.cache.corpus.splits["train"])
         words = ["papermill", "hw2-q3.ipynb", "out.ipynb", "-p", "records_dir", "results/q3"]
@@ -165,7 +178,7 @@ class SpeechRun:
         with reading(path, what):
             config = {"decoder": self.decoder, **self.identity["settings"]}
             check_parts(record["config"], config)
-            check_parts(record, {key: self.identity[key] for key in ("seed", "dataset")})
+            check_parts(record, {key: self.identity[key] for key in self.identity.keys() - {"decoder", "settings"}})
             check_history(record["history"], self.settings.epochs)
             if len(record["history"]) < self.settings.epochs:
                 raise ValueError("epochs are missing")
@@ -233,6 +246,7 @@ class SpeechRun:
             "config": {"preset": self.preset, "decoder": self.decoder, **asdict(self.settings)},
             "changes": self.changes,
             "dataset": self.cache.corpus.description,
+            **({"pretrained": self.pretrained_on} if self.pretrained else {}),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "history": history,
             "val": history[-1]["val"],

@@ -445,7 +445,6 @@ def train(
 def train_locked(config: Config, data: OctData, folder: Path, device: torch.device, verbose: bool, build) -> dict:
     """`train` in a folder that is locked: from the start, or from last.pt where that is."""
     utils.set_seed(config.seed)
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as on a CPU; the default rounds to 10 bits
     splits = {split: [torch.from_numpy(array).to(device) for array in data.splits[split]] for split in utils.SPLITS}
     model = build(config).to(device)
     state, average, network = {"model": model, "optimizer": make_optimizer(config, model)}, None, model

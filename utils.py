@@ -27,7 +27,7 @@ import types
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, chain
@@ -49,12 +49,13 @@ from runs import InputError, check_is_file, one_line, read_json, reading, write_
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch, and ask for deterministic kernels where there is a choice."""
+    """Seed Python, NumPy and PyTorch, and ask for deterministic kernels in full float32 where there is a choice."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (libraries draw from the global state)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as on a CPU: TF32 rounds to 10 bits
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
@@ -532,6 +533,7 @@ class SpeechCorpus:
     sample_rate: int  # Hz, at which features are to be made; files of another rate are resampled
     splits: dict[str, list[Clip]]
     left_out: list[str]  # a line for each row that cannot be used
+    unread: tuple[str, ...] = ()  # ids of rows that are in no training split on purpose, so that one may test on them
 
     @cached_property
     def description(self) -> dict:
@@ -545,16 +547,59 @@ class SpeechCorpus:
             "hours": {s: round(sum(c.seconds for c in clips) / 3600, 4) for s, clips in self.splits.items()},
             "left_out": len(self.left_out),
             "sha256": json_checksum(rows),
-        }
+        } | ({"unread": list(self.unread)} if self.unread else {})
 
     def learn_by_heart(self, clips: int) -> "SpeechCorpus":
         """The first clips of the train split alone, to train on and to score: no result, but proof that all works."""
         few = self.splits["train"][:clips]
         return replace(self, name=f"{self.name}: {len(few)} clips, learnt by heart", splits=dict.fromkeys(SPLITS, few))
 
+    def tested_on(self, other: "SpeechCorpus") -> "SpeechCorpus":
+        """Tested on all clips of another folder: as `test_real` beside splits that are given, else as `test`.
 
-def load_speech(source: str = "auto", data_dir: Path | str = "data", seed: int = 0) -> SpeechCorpus:
-    """Load clips of speech with their transcripts.
+        Then the last tenth of our own clips is for validation, and all others are for training.
+        """
+        clips, splits = self.renumbered(chain(*other.splits.values())), self.splits
+        if self.name == "LJ Speech" or os.path.lexists(self.folder / "corpus.json"):
+            splits = splits | {"test_real": clips}
+        else:
+            own = list(chain(*splits.values()))
+            cut = math.ceil(0.9 * len(own))
+            splits = {"train": own[:cut], "val": own[cut:], "test": clips}
+        name = f"{self.name}, tested on {other.name}"
+        return replace(self, name=name, splits=splits, left_out=self.left_out + other.left_out)
+
+    def mixed_with(self, other: "SpeechCorpus") -> "SpeechCorpus":
+        """With as many training clips of another corpus among our own: who learns only new things forgets old ones."""
+        own, others = self.splits["train"], other.splits["train"]
+        some = self.renumbered(others[:: max(1, len(others) // len(own))][: len(own)])
+        name = f"{self.name}, with {len(some)} clips of {other.name}"
+        return replace(self, name=name, splits=self.splits | {"train": own + some}, unread=other.unread)
+
+    def renumbered(self, clips: Iterable[Clip]) -> list[Clip]:
+        """Clips of another corpus, numbered as rows that follow on our own."""
+        first = 1 + max(clip.row for clip in chain(*self.splits.values()))
+        return [replace(clip, row=row) for row, clip in enumerate(clips, first)]
+
+
+def load_speech(
+    source: str = "auto", data_dir: Path | str = "data", seed: int = 0, also_test: str = "", mixed_with: str = ""
+) -> SpeechCorpus:
+    """Load clips of speech with their transcripts, by itself or with another corpus to test on, or to mix in.
+
+    See `load_one_corpus` for the names, `SpeechCorpus.tested_on` and `SpeechCorpus.mixed_with`. Raises InputError for
+    what cannot be used.
+    """
+    corpus = load_one_corpus(source, data_dir, seed)
+    if also_test:
+        corpus = corpus.tested_on(load_one_corpus(also_test, data_dir, seed))
+    if mixed_with:
+        corpus = corpus.mixed_with(load_one_corpus(mixed_with, data_dir, seed))
+    return corpus
+
+
+def load_one_corpus(source: str, data_dir: Path | str, seed: int) -> SpeechCorpus:
+    """Load a corpus as it lies on the disk.
 
     `source` is "ljspeech" (the only one that downloads: 2.6 GB), "spoken" (made on first use, `seed` says which one),
     a folder in LJ Speech's layout (see `read_speech_folder`), or "auto": LJ Speech if it lies in `data_dir`, else
@@ -627,7 +672,7 @@ def read_speech_folder(folder: Path) -> SpeechCorpus:
         lines = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # without a byte order mark
     if len(lines) < 3:
         raise InputError(f"{metadata}: has {len(lines)} rows, at least 3 are needed")
-    name, kind, rows = describe_folder(folder, len(lines))
+    name, kind, rows, unread = describe_folder(folder, len(lines))
     clips, left_out = {}, []
     for row, line in enumerate(lines):
         try:
@@ -648,11 +693,11 @@ def read_speech_folder(folder: Path) -> SpeechCorpus:
         name = "LJ Speech" if whole else f"LJ Speech, {len(clips):,} of {LJSPEECH_CLIPS:,} clips"
     elif kind == "real" and re.match(r"lj[\W_]*speech", name, re.IGNORECASE):
         name = f"{name} (another folder)"
-    return SpeechCorpus(name, kind, folder, SPEECH_RATE, splits, left_out)
+    return SpeechCorpus(name, kind, folder, SPEECH_RATE, splits, left_out, unread)
 
 
-def describe_folder(folder: Path, num_rows: int) -> tuple[str, str, dict[str, range]]:
-    """Name, kind and the rows of each split: those in corpus.json, which has {split: [first row, end row]}.
+def describe_folder(folder: Path, num_rows: int) -> tuple[str, str, dict[str, range], tuple[str, ...]]:
+    """Name, kind, the rows of each split, and ids that were left unread: what corpus.json says.
 
     Without it the folder's name, "real", and 75, 5 and 20 % of the rows, at least one each: of LJ Speech's 13,100
     these are the course's splits. Raises InputError for splits that overlap or lie outside the rows, and for names
@@ -675,7 +720,10 @@ def describe_folder(folder: Path, num_rows: int) -> tuple[str, str, dict[str, ra
         edges = [0, *chain.from_iterable(sorted(spans.values())), num_rows]
         if edges != sorted(edges) or {*map(type, edges)} != {int} or not {*SPLITS} <= {*spans}:
             raise ValueError(f"splits {spans} do not fit {num_rows} rows")
-        return name, kind, {split: range(first, end) for split, (first, end) in spans.items()}
+        unread = tuple(about.get("unread", ()))
+        if not all(isinstance(row, str) and re.fullmatch(r"[\w-]{1,100}", row) for row in unread):
+            raise ValueError("unread rows that are no names")
+        return name, kind, {split: range(first, end) for split, (first, end) in spans.items()}, unread
 
 
 def read_row(folder: Path, row: int, line: bytes) -> Clip:
@@ -825,7 +873,8 @@ def cached_features(corpus: SpeechCorpus, extract: Extract, settings: dict, data
     printed and left out. Raises InputError if a split has none left.
     """
     data_dir, folder = Path(data_dir), corpus.folder.resolve()
-    path = data_dir / f"features-{folder.name[:40]}-{json_checksum([str(folder), settings])[:12]}.f16"
+    digest = json_checksum([str(folder), corpus.name, settings])[:12]
+    path = data_dir / f"features-{folder.name[:40]}-{digest}.f16"
     audio = [(split, clip.row, clip.sha256) for split, clips in corpus.splits.items() for clip in clips]
     source = json_checksum([settings, corpus.sample_rate, audio])
     remove_leftovers(data_dir, ".features-*")

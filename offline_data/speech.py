@@ -47,6 +47,11 @@ TILTS = (-3.0, 3.0)  # dB an octave
 NOISE = (20.0, 45.0)  # dB below the speech
 LEVELS = (-32.0, -20.0)  # of the clip, dB of full scale
 
+# The training clips of given texts vary more widely, so that a network that learns from them can follow a person
+OTHER_VOICES, OTHERS = ("en-US", "en-GB"), 0.3  # of py-nanotts (SVOX Pico, Apache-2.0); their share of the clips
+PICO_RATE, PICO_PITCHES = 16_000, (0.85, 1.2)  # Hz; times their own pitch
+BAND_LIMITS = (3_000, 12_000)  # Hz: half of the clips end there, as telephones and compressed files do
+
 # The words are chosen so that their sound decides how they are spelt: no two of them are homophones.
 # Alternatives are separated by a bar or a line end; {name} stands for an alternative of that name.
 GRAMMAR = {
@@ -258,16 +263,33 @@ def voice():
         raise SpeechError(f"the voice is missing: {one_line(error)} (pip install hibari-tts)") from None
 
 
-def spoken_clip(text: str, seed: int, row: int) -> np.ndarray:
+@cache
+def other_voices():
+    """The second synthesiser: `other_voices()(text, voice, speed, pitch)` gives float32 samples at 16 kHz."""
+    try:
+        from py_nanotts import NanoTTS
+    except ImportError as error:
+        raise SpeechError(f"the second voice is missing: {one_line(error)} (pip install py-nanotts)") from None
+    return lambda *arguments: np.frombuffer(NanoTTS().speak(*arguments), np.int16) / np.float32(32_768)
+
+
+def spoken_clip(text: str, seed: int, row: int, wide: bool = False) -> np.ndarray:
     """A text in a voice, a room, at a level and with a noise that are functions of (seed, row): int16 [samples].
 
-    Raises SpeechError for a text that has no sound, or that the voice cannot speak.
+    `wide` adds other voices and limited bands. Raises SpeechError for a text that has no sound, or that the voice
+    cannot speak.
     """
-    speak, rng = voice(), np.random.default_rng((seed, row))
+    rng = np.random.default_rng((seed, row))
     shift = rng.integers(*SHIFTS, endpoint=True)  # played faster, the voice is higher: it speaks so much slower
     speed = rng.uniform(*RATES) * VOICE_RATE / (450 * shift)
     try:
-        speech = speak(text, speed=speed, seed=int(rng.integers(2**31)))
+        if wide and rng.random() < OTHERS:
+            shift = round(shift * PICO_RATE / VOICE_RATE)
+            speech = other_voices()(text, str(rng.choice(OTHER_VOICES)), speed, rng.uniform(*PICO_PITCHES))
+        else:
+            speech = voice()(text, speed=speed, seed=int(rng.integers(2**31)))
+    except SpeechError:
+        raise
     except Exception as error:  # it stumbles over a number of 200 digits
         raise SpeechError(f"{text[:40]!r} cannot be spoken ({one_line(error)})") from None
     if not (speech.any() and any(map(str.isalnum, text))):  # the voice breathes for "..."
@@ -276,7 +298,8 @@ def spoken_clip(text: str, seed: int, row: int) -> np.ndarray:
     loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())  # it begins and ends with silence
     speech = speech[loud[0] : loud[-1] + 1]
     before, after = (rng.uniform(*PADDING, 2) * SPEECH_RATE).astype(int)
-    samples = coloured(np.pad(speech, (before, after)), room_response(rng), rng.uniform(*TILTS))
+    limit = np.exp(rng.uniform(*np.log(BAND_LIMITS))) if wide and rng.random() < 0.5 else SPEECH_RATE / 2
+    samples = coloured(np.pad(speech, (before, after)), room_response(rng), rng.uniform(*TILTS), limit)
     loudness = np.sqrt(np.mean(samples**2))
     samples += loudness * 10 ** (-rng.uniform(*NOISE) / 20) * background(samples.size, rng)
     samples *= 10 ** (rng.uniform(*LEVELS) / 20) / loudness
@@ -293,11 +316,13 @@ def room_response(rng: np.random.Generator) -> np.ndarray:
     return response.astype(np.float32)
 
 
-def coloured(samples: np.ndarray, response: np.ndarray, tilt: float) -> np.ndarray:
-    """Samples in a room, and `tilt` dB an octave louder at the top than at the bottom: float32 [samples]."""
+def coloured(samples: np.ndarray, response: np.ndarray, tilt: float, limit: float = SPEECH_RATE / 2) -> np.ndarray:
+    """Samples in a room, `tilt` dB an octave louder at the top, without what is above `limit` Hz: float32 [samples]."""
     size = next_fast_len(samples.size + response.size, real=True)
-    octaves = np.log2(np.maximum(rfftfreq(size, 1 / SPEECH_RATE), 100) / 1_000)  # flat below 100 Hz
+    frequencies = rfftfreq(size, 1 / SPEECH_RATE)
+    octaves = np.log2(np.maximum(frequencies, 100) / 1_000)  # flat below 100 Hz
     spectrum = rfft(samples, size) * rfft(response, size) * (10 ** (tilt * octaves / 20)).astype(np.float32)
+    spectrum[frequencies > limit] = 0
     return irfft(spectrum, size)[: samples.size]
 
 
@@ -311,9 +336,9 @@ def background(samples: int, rng: np.random.Generator) -> np.ndarray:
     return noise[:samples] / noise.std()
 
 
-def write_clip(path: Path, text: str, seed: int, row: int) -> int:
+def write_clip(path: Path, text: str, seed: int, row: int, wide: bool) -> int:
     """Speak one row into a wav file; returns its number of samples."""
-    samples = spoken_clip(text, seed, row)
+    samples = spoken_clip(text, seed, row, wide)
     wavfile.write(path, SPEECH_RATE, samples)
     return samples.size
 
@@ -328,9 +353,12 @@ def holds(folder: Path, record: dict) -> bool:
         return False
 
 
-def write_corpus(folder: Path, name: str, rows: list[Row], splits: dict, seed: int, jobs: int | None) -> None:
-    """Speak the rows and lay them out as LJ Speech is, with a corpus.json that says what they are.
+def write_corpus(
+    folder: Path, name: str, rows: list[Row], splits: dict, seed: int, jobs: int | None, wide: int = 0, **about
+) -> None:
+    """Speak the rows and lay them out as LJ Speech is, with a corpus.json that says what they are, and `about` them.
 
+    The first `wide` rows vary more than the others.
     Everything is written to a folder beside `folder`, which takes its name at the end: a process killed at any
     moment leaves nothing that looks complete, and the next one clears away what it left. A second process that
     wants the same folder waits for the first. A folder that holds this very corpus is left as it is.
@@ -339,15 +367,17 @@ def write_corpus(folder: Path, name: str, rows: list[Row], splits: dict, seed: i
     from filelock import FileLock
 
     try:
-        release = version("hibari-tts")
-    except PackageNotFoundError:
-        raise SpeechError("the voice is missing: pip install hibari-tts") from None
+        voices = f"hibari-tts {version('hibari-tts')}, heart"
+        if wide:
+            voices += f"; py-nanotts {version('py-nanotts')}, {' and '.join(OTHER_VOICES)}"
+    except PackageNotFoundError as error:
+        raise SpeechError(f"a voice is missing: pip install {error.name}") from None
     metadata = "".join(f"{'|'.join(row)}\n" for row in rows)
     record = {
         "name": name,
         "kind": "spoken",
         "seed": seed,
-        "voice": f"hibari-tts {release}, heart",
+        "voice": voices,
         "sample_rate": SPEECH_RATE,
         "clips": len(rows),
         "splits": {split: list(bounds) for split, bounds in splits.items()},  # first row, end row
@@ -359,8 +389,10 @@ def write_corpus(folder: Path, name: str, rows: list[Row], splits: dict, seed: i
             "tilt_db_per_octave": TILTS,
             "noise_db_below": NOISE,
             "level_db": LEVELS,
-        },
+        }
+        | ({"train_band_limit_hz": BAND_LIMITS, "train_other_voices": OTHERS} if wide else {}),
         "metadata_sha256": hashlib.sha256(metadata.encode()).hexdigest(),
+        **about,
     }
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -375,7 +407,7 @@ def write_corpus(folder: Path, name: str, rows: list[Row], splits: dict, seed: i
         try:
             (temporary / "wavs").mkdir(parents=True)
             tasks = (
-                joblib.delayed(write_clip)(temporary / "wavs" / f"{identity}.wav", text, seed, number)
+                joblib.delayed(write_clip)(temporary / "wavs" / f"{identity}.wav", text, seed, number, number < wide)
                 for number, (identity, _, text) in enumerate(rows)
             )
             clips = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)
@@ -433,19 +465,29 @@ def read_metadata(path: Path) -> list[Row]:
     return rows
 
 
-def speak_transcripts(metadata: Path, folder: Path, seed: int = 0, jobs: int | None = None) -> None:
+def speak_transcripts(
+    metadata: Path, folder: Path, seed: int = 0, jobs: int | None = None, unread: list[str] | None = None
+) -> None:
     """Speak the normalised texts of a metadata.csv into a folder with the same rows, as `write_corpus` does.
 
-    The splits are the homework's for all of LJ Speech's 13,100 rows, else the same shares. Raises SpeechError for
-    rows that cannot be spoken.
+    The splits are the homework's for all of LJ Speech's 13,100 rows, else the same shares. `unread` names chapters
+    (LJ001) and other lists (metadata.csv): their rows are left out of train and val, so that whoever learns from
+    this corpus may be tested on recordings of them. Raises SpeechError for rows that cannot be spoken.
     """
     rows = read_metadata(Path(metadata))
     total = LJ_SPEECH_SPLITS["test"][1]
-    splits = {
-        split: (first * len(rows) // total, end * len(rows) // total)
+    members = {
+        split: rows[first * len(rows) // total : end * len(rows) // total]
         for split, (first, end) in LJ_SPEECH_SPLITS.items()
     }
-    write_corpus(folder, "LJ Speech texts, spoken", rows, splits, seed, jobs)
+    chapters = {name for name in unread or [] if re.fullmatch(r"\w+", name)}
+    ids = {row[0] for name in unread or [] if name not in chapters for row in read_metadata(Path(name))}
+    left_out = [row[0] for row in members["train"] + members["val"] if row[0] in ids or row[0][:5] in chapters]
+    for split in ("train", "val"):
+        members[split] = [row for row in members[split] if row[0] not in set(left_out)]
+    splits = consecutive({split: len(kept) for split, kept in members.items()})
+    rows, wide = list(chain.from_iterable(members.values())), len(members["train"])
+    write_corpus(folder, "LJ Speech texts, spoken", rows, splits, seed, jobs, wide, unread=left_out)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -455,6 +497,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("-out", type=Path, required=True, metavar="FOLDER", help="made in LJ Speech's layout")
     parser.add_argument("-transcripts", type=Path, metavar="FILE", help="rows of id|text|normalised text")
+    parser.add_argument(
+        "-unread", nargs="+", metavar="NAME", help="chapters and lists of rows to leave out of training: LJ001 a.csv"
+    )
     parser.add_argument("-seed", type=int, default=0, help="of sentences, voices and noise (default: 0)")
     parser.add_argument("-jobs", type=int, help="processes (default: one a core)")
     args = parser.parse_args(arguments)
@@ -462,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("-seed is at least 0, and -jobs at least 1")
     try:
         if args.transcripts:
-            speak_transcripts(args.transcripts, args.out, args.seed, args.jobs)
+            speak_transcripts(args.transcripts, args.out, args.seed, args.jobs, args.unread)
         else:
             make_spoken_corpus(args.out, args.seed, args.jobs)
     except (SpeechError, OSError) as error:

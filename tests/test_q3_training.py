@@ -290,7 +290,7 @@ def test_the_command_in_a_record_makes_the_same_run_again(tmp_path, changes, mon
     folder = make_tones(tmp_path / "my tones")
     settings = nb.choose_settings("homework", changes)
     run = asr.SpeechRun(
-        "transformer", "homework", settings, changes, 7, features(folder, settings), tmp_path, str(folder)
+        "transformer", "homework", settings, changes, 7, features(folder, settings), tmp_path, {"data": str(folder)}
     )
     program, *words = shlex.split(run.command)
     asked = {}
