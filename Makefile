@@ -116,7 +116,7 @@ q3-ablations: $(READY)  ## question 3: what single changes of the preset are wor
 	$(BIN)/python report/transcripts.py
 
 # What is to be tested on as real speech is read in no training: its texts, and three whole chapters.
-LONG := epochs: 9, dropout: 0.1, spec_augment: true, attention_window: 1
+LONG := epochs: 10, dropout: 0.1, spec_augment: true, attention_window: 1
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=metadata.csv TEST_SPEECH=folder)
 	$(call needs,TEXTS,path/to/metadata.csv)
 	$(call needs,TEST_SPEECH,path/to/folder)
