@@ -47,7 +47,7 @@ from runs import (
     save_weights,
     write_json,
 )
-from utils import COLOURS, new_figure
+from utils import COLOURS, new_figure, read_wav
 
 # ---------------------------------------------------------------------------------------------------
 # The settings of a notebook
@@ -257,7 +257,14 @@ class SpeechRun:
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
         }
-        about = {"decoder": self.decoder, "settings": asdict(self.settings), "dataset": record["dataset"]}
+        about = {
+            "decoder": self.decoder,
+            "settings": asdict(self.settings),
+            "dataset": record["dataset"],
+            **({"pretrained": self.pretrained_on} if self.pretrained else {}),
+            "scores": {split: record[split] for split in scored},
+            "heard": what_was_heard(clips, self.cache.corpus.sample_rate),
+        }
         texts = {
             split: {clip.id: text for clip, text in zip(self.cache.clips(split), written, strict=True)}
             for split, (_, written) in scored.items()
@@ -495,6 +502,19 @@ def longest_pause(samples: np.ndarray, rate: int) -> float:
     """Seconds of the longest pause within a recording, silence at its ends apart; at least `PAUSE`."""
     within = [end - start for start, end in pauses(samples, rate) if start > 0 and end < len(samples)]
     return max(PAUSE, max(within, default=0) / rate)
+
+
+def what_was_heard(clips: list, rate: int) -> dict[str, float]:
+    """What a network that is trained on `clips` knows of recordings; of 200 clips where there are more.
+
+    The longest clip and the longest pause within one, in seconds; the loudness (root mean square) of the median clip.
+    """
+    some = [read_wav(clip.path, rate)[0] for clip in clips[:: max(1, len(clips) // 200)]]
+    return {
+        "longest_clip": max(clip.seconds for clip in clips),
+        "longest_pause": max(longest_pause(samples, rate) for samples in some),
+        "loudness": float(np.median([np.sqrt(np.mean(np.square(samples))) for samples in some])),
+    }
 
 
 def split_at_silences(

@@ -371,7 +371,7 @@ def write_corpus(
         if wide:
             voices += f"; py-nanotts {version('py-nanotts')}, {' and '.join(OTHER_VOICES)}"
     except PackageNotFoundError as error:
-        raise SpeechError(f"a voice is missing: pip install {error.name}") from None
+        raise SpeechError(f"the voice is missing: pip install {error.name}") from None
     metadata = "".join(f"{'|'.join(row)}\n" for row in rows)
     record = {
         "name": name,

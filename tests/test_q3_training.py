@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from click.testing import CliRunner
 from conftest import tree
-from test_q3_models import DECODERS, RATE, STOP_BIAS, both_decoders, close, nb, network, talkative, tiny
+from test_q3_models import DECODERS, RATE, both_decoders, close, nb, network, tiny
 
 import asr
 import runs as run_files
@@ -959,109 +959,3 @@ def test_the_other_ways_of_decoding_read_them_too(learned):
     for way, tokens in written.items():
         scores = nb.score([clip.text for clip in clips], list(map(model.vectorizer.decode, tokens)))
         assert scores["cer"] < 0.06, (way, scores)
-
-
-FILES = {
-    "as it was": (RATE, 1, "wav", "PCM_16"),
-    "stereo, 48 kHz": (48_000, 2, "wav", "PCM_16"),
-    "float, 44.1 kHz": (44_100, 1, "wav", "FLOAT"),
-    "FLAC, six channels": (RATE, 6, "flac", "PCM_24"),
-    "telephone": (8_000, 1, "wav", "PCM_16"),
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_recordings_of_any_kind_are_transcribed(learned, tmp_path, kind, monkeypatch):
-    rate, channels, suffix, subtype = FILES[kind]
-    model = nb.load_model(learned.folder / "model.safetensors", learned.decoder)
-    genuine, heard = model.generate, []
-    monkeypatch.setattr(model, "generate", lambda audio, lengths: heard.append(audio) or genuine(audio, lengths))
-    right = 0
-    for clip in learned.cache.clips("train")[:4]:
-        samples, _ = utils.read_wav(clip.path, rate)
-        path = tmp_path / f"{clip.id}.{suffix}"
-        soundfile.write(path, np.stack([samples] * channels, axis=1), rate, subtype)
-        right += nb.transcript_of(path, model) == clip.text
-        (audio,) = heard
-        heard.clear()
-        assert audio.shape[1] == pytest.approx(learned.cache.frames(clip), abs=1) and audio.shape[2] == 24
-    assert right == 4 or kind == "telephone"  # where the upper half of the spectrum is missing
-
-
-def test_sentences_in_a_row_are_transcribed_one_by_one(folder, tmp_path, monkeypatch):
-    model, cache = network("lstm"), features(folder, small())
-    pieces = []
-    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5 + len(pieces)]])
-    clips = cache.clips("train")
-    pause = np.zeros(RATE // 2, np.float32)
-    parts = [part for clip in clips for part in (utils.read_wav(clip.path, RATE)[0], pause)]
-    soundfile.write(tmp_path / "row.wav", np.concatenate(parts), RATE)
-    expected = " ".join(nb.TokenVectorizer.TOKENS[6 + i] for i in range(len(clips)))
-    assert nb.transcript_of(tmp_path / "row.wav", model, 1.5) == expected
-    for frames, clip in zip(pieces, clips, strict=True):
-        assert abs(frames - cache.frames(clip)) <= 11  # hundredths of a second: the pause's own tenth
-
-
-def test_a_pause_like_those_in_training_clips_does_not_cut_a_recording(folder, tmp_path, monkeypatch):
-    model, cache = network("lstm"), features(folder, small())
-    pieces = []
-    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5]])
-    first, second = (utils.read_wav(clip.path, RATE)[0] for clip in cache.clips("train")[:2])
-    samples = np.concatenate([first, np.zeros(RATE // 2, np.float32), second])
-    soundfile.write(tmp_path / "comma.wav", samples, RATE)
-    pause = asr.longest_pause(samples, RATE)
-    assert 0.5 <= pause < 0.75 and asr.longest_pause(first[: RATE // 3], RATE) == 0.3
-    nb.transcript_of(tmp_path / "comma.wav", model, 10.0, pause)
-    assert pieces == [len(samples) // 220 + 1]
-    nb.transcript_of(tmp_path / "comma.wav", model, 10.0)
-    assert len(pieces) == 3
-
-
-def test_ten_minutes_are_transcribed_in_pieces_and_silent_ones_passed_over(tmp_path, monkeypatch):
-    model = talkative("lstm", STOP_BIAS["lstm"])
-    pieces, genuine = [], model.generate
-
-    def spy(audio, lengths):
-        pieces.append(audio.shape[1] / 100)
-        return genuine(audio, lengths, 3)
-
-    monkeypatch.setattr(model, "generate", spy)
-    rng = np.random.default_rng(0)
-    loud = np.repeat(rng.uniform(0.05, 0.3, 4800), 1000) * rng.standard_normal(4_800_000)
-    soundfile.write(tmp_path / "long.wav", loud, 8_000, "PCM_16")
-    words = nb.transcript_of(tmp_path / "long.wav", model)
-    assert sum(pieces) == pytest.approx(600, abs=3) and max(pieces) <= 10.02 and len(pieces) <= 120
-    assert isinstance(words, str) and words
-    pieces.clear()
-    loud[16_000 : 4_800_000 - 16_000] = 0.0  # two seconds at either end are left
-    soundfile.write(tmp_path / "pause.wav", loud, 8_000, "PCM_16")
-    nb.transcript_of(tmp_path / "pause.wav", model)
-    assert len(pieces) == 2
-
-
-@pytest.mark.parametrize("seconds", [2 / RATE, 0.02, 1.0])
-def test_short_recordings_are_no_error(tmp_path, seconds):
-    soundfile.write(tmp_path / "short.wav", 0.5 * (-1) ** np.arange(round(seconds * RATE)), RATE)
-    assert isinstance(nb.transcript_of(tmp_path / "short.wav", network("transformer")), str)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (np.zeros(30 * RATE), "nothing but silence"),
-        (np.full(RATE, 1e-5), "nothing but silence"),
-        (np.zeros(0), "holds no samples"),
-        ("no sound", "not audio, or damaged"),
-        (None, "no such file"),
-    ],
-)
-def test_a_recording_that_cannot_be_transcribed_is_named_in_one_line(tmp_path, content, reason):
-    path = tmp_path / "my_recording.wav"
-    if isinstance(content, str):
-        path.write_text(content)
-    elif content is not None:
-        soundfile.write(path, content, RATE)
-    with pytest.raises(InputError) as error:
-        nb.transcript_of(path, network("lstm"))
-    message = str(error.value)
-    assert message.startswith(str(path)) and reason in message and "\n" not in message

@@ -247,9 +247,9 @@ def test_long_texts_are_spoken_or_named():
 
 @pytest.fixture
 def no_voice_yet():
-    speech.voice.cache_clear()
+    speech.voice.cache_clear(), speech.other_voices.cache_clear()
     yield
-    speech.voice.cache_clear()
+    speech.voice.cache_clear(), speech.other_voices.cache_clear()
 
 
 def test_a_missing_voice_is_named(no_voice_yet, tmp_path, small_corpus, monkeypatch):
@@ -272,6 +272,10 @@ def test_a_missing_voice_is_named(no_voice_yet, tmp_path, small_corpus, monkeypa
     with pytest.raises(SpeechError, match="the voice is missing: pip install hibari-tts"):
         small_corpus(tmp_path / "spoken")
     assert not (tmp_path / "spoken").exists()
+    monkeypatch.setitem(sys.modules, "py_nanotts", None)
+    with pytest.raises(SpeechError, match=r"^the second voice is missing: .*pip install py-nanotts"):
+        for row in range(20):  # three in ten of these speak with it
+            speech.spoken_clip("Hello.", 0, row, wide=True)
 
 
 def test_questions_about_scans_do_not_load_the_voice():

@@ -1,0 +1,294 @@
+"""transcribe.py and the notebook's transcript_of: recordings of any kind, damaged ones, the networks in weights/."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_q3_models import RATE, STOP_BIAS, nb, network, talkative
+from test_q3_training import BY_HEART, DETERMINED, features, make_run, make_tones, small, train
+
+import asr
+import runs as run_files
+import utils
+from utils import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tones(tmp_path_factory.mktemp("recordings") / "tones")
+
+
+@pytest.fixture(scope="module")
+def learned(folder, tmp_path_factory):
+    """A run that knows its twelve clips by heart: an epoch has them twenty times."""
+    run = make_run(folder, tmp_path_factory.mktemp("learned"), "lstm", **DETERMINED, **BY_HEART)
+    splits = run.cache.corpus.splits
+    corpus = nb.replace(run.cache.corpus, splits=splits | {"train": splits["train"] * 20})
+    run = nb.replace(run, cache=nb.replace(run.cache, corpus=corpus))
+    train(run)
+    return run
+
+
+@pytest.fixture
+def model(learned):
+    return nb.load_model(learned.folder / "model.safetensors")
+
+
+def listening(model, longest_clip=10.0, longest_pause=0.3):
+    """A network that says what it has heard, as `load_model` gives it."""
+    heard = {"longest_clip": longest_clip, "longest_pause": longest_pause, "loudness": 0.05}
+    model.about = {"heard": heard}
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a person would hear
+
+FILES = {
+    "as it was": (RATE, 1, "wav", "PCM_16"),
+    "stereo, 48 kHz": (48_000, 2, "wav", "PCM_16"),
+    "float, 44.1 kHz": (44_100, 1, "wav", "FLOAT"),
+    "FLAC, six channels": (RATE, 6, "flac", "PCM_24"),
+    "MP3": (44_100, 2, "mp3", "MPEG_LAYER_III"),
+    "Ogg": (48_000, 1, "ogg", "VORBIS"),
+    "telephone": (8_000, 1, "wav", "PCM_16"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_recordings_of_any_kind_are_transcribed(learned, model, tmp_path, kind, monkeypatch):
+    rate, channels, suffix, subtype = FILES[kind]
+    genuine, heard = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda audio, lengths: heard.append(audio) or genuine(audio, lengths))
+    right = 0
+    for clip in learned.cache.clips("train")[:4]:
+        samples, _ = utils.read_wav(clip.path, rate)
+        path = tmp_path / f"{clip.id}.{suffix}"
+        soundfile.write(path, np.stack([samples] * channels, axis=1), rate, subtype=subtype)
+        right += nb.transcript_of(path, model) == clip.text
+        (audio,) = heard
+        heard.clear()
+        assert abs(audio.shape[1] - learned.cache.frames(clip)) <= (12 if kind == "MP3" else 1)  # it pads
+        assert audio.shape[2] == 24
+    assert right == 4 or kind == "telephone"  # where the upper half of the spectrum is missing
+
+
+SPOILT = {
+    "12 dB weaker": lambda x: x * 10**-0.6,
+    "30 dB weaker": lambda x: x * 10**-1.5,
+    "60 dB weaker": lambda x: x * 1e-3,
+    "12 dB louder, and not cut": lambda x: x * 4,
+    "turned over": lambda x: -x,
+    "a constant added": lambda x: x + 0.3,
+    "one channel inverted": lambda x: np.stack([x, -x], axis=1),
+    "one channel silent": lambda x: np.stack([np.zeros_like(x), x], axis=1),
+    "one channel weaker, and noise": lambda x: np.stack(
+        [x, 0.003 * np.random.default_rng(0).normal(size=len(x))], axis=1
+    ),
+    "constants of opposite signs": lambda x: np.stack([x + 0.5, x - 0.5], axis=1),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_what_does_not_change_the_words_does_not_change_the_text(learned, model, tmp_path, how, normalise, monkeypatch):
+    model.settings = nb.replace(model.settings, normalise_clips=normalise)
+    frames, texts, genuine = [], [], model.generate
+    monkeypatch.setattr(model, "generate", lambda audio, lengths: frames.append(audio) or genuine(audio, lengths))
+    clip = learned.cache.clips("train")[0]
+    samples, _ = utils.read_wav(clip.path, RATE)
+    for name, content in (("as it was", samples), ("spoilt", SPOILT[how](samples))):
+        soundfile.write(tmp_path / f"{name}.wav", content, RATE, "FLOAT")
+        texts.append(nb.transcript_of(tmp_path / f"{name}.wav", model))
+    assert texts[0] == texts[1] and (texts[0] == clip.text or normalise != learned.settings.normalise_clips)
+    assert (frames[0] - frames[1]).abs().max() < 2e-2
+
+
+def test_a_clip_is_brought_to_the_loudness_of_the_training_clips(learned):
+    heard = nb.load_model(learned.folder / "model.safetensors").about["heard"]
+    clips = [utils.read_wav(clip.path, RATE)[0] for clip in learned.cache.clips("train")[:12]]
+    assert heard["loudness"] == pytest.approx(np.median([np.sqrt(np.mean(x**2)) for x in clips]), rel=0.05)
+    assert heard["longest_clip"] == max(len(x) for x in clips) / RATE
+    assert heard["longest_pause"] == max(asr.longest_pause(x, RATE) for x in clips) >= 0.3
+
+
+def test_sentences_in_a_row_are_transcribed_one_by_one(folder, tmp_path, monkeypatch):
+    model, cache = listening(network("lstm"), 1.5), features(folder, small())
+    pieces = []
+    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5 + len(pieces)]])
+    clips = cache.clips("train")
+    pause = np.zeros(RATE // 2, np.float32)
+    parts = [part for clip in clips for part in (utils.read_wav(clip.path, RATE)[0], pause)]
+    soundfile.write(tmp_path / "row.wav", np.concatenate(parts), RATE)
+    expected = " ".join(nb.TokenVectorizer.TOKENS[6 + i] for i in range(len(clips)))
+    assert nb.transcript_of(tmp_path / "row.wav", model) == expected
+    for frames, clip in zip(pieces, clips, strict=True):
+        assert abs(frames - cache.frames(clip)) <= 11  # hundredths of a second: the pause's own tenth
+
+
+def test_a_pause_like_those_in_training_clips_does_not_cut_a_recording(folder, tmp_path, monkeypatch):
+    model, cache = network("lstm"), features(folder, small())
+    pieces = []
+    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5]])
+    first, second = (utils.read_wav(clip.path, RATE)[0] for clip in cache.clips("train")[:2])
+    samples = np.concatenate([first, np.zeros(RATE // 2, np.float32), second])
+    soundfile.write(tmp_path / "comma.wav", samples, RATE)
+    pause = asr.longest_pause(samples, RATE)
+    assert 0.5 <= pause < 0.75 and asr.longest_pause(first[: RATE // 3], RATE) == 0.3
+    nb.transcript_of(tmp_path / "comma.wav", listening(model, 10.0, pause))
+    assert pieces == [len(samples) // 220 + 1]
+    nb.transcript_of(tmp_path / "comma.wav", listening(model))
+    assert len(pieces) == 3
+
+
+def test_ten_minutes_are_transcribed_in_pieces_and_silent_ones_passed_over(tmp_path, monkeypatch):
+    model = listening(talkative("lstm", STOP_BIAS["lstm"]))
+    pieces, genuine = [], model.generate
+
+    def spy(audio, lengths):
+        pieces.append(audio.shape[1] / 100)
+        return genuine(audio, lengths, 3)
+
+    monkeypatch.setattr(model, "generate", spy)
+    rng = np.random.default_rng(0)
+    loud = np.repeat(rng.uniform(0.05, 0.3, 4800), 1000) * rng.standard_normal(4_800_000)
+    soundfile.write(tmp_path / "long.wav", loud, 8_000, "PCM_16")
+    words = nb.transcript_of(tmp_path / "long.wav", model)
+    assert sum(pieces) == pytest.approx(600, abs=3) and max(pieces) <= 10.02 and len(pieces) <= 120
+    assert isinstance(words, str) and words
+    pieces.clear()
+    loud[16_000 : 4_800_000 - 16_000] = 0.0  # two seconds at either end are left
+    soundfile.write(tmp_path / "pause.wav", loud, 8_000, "PCM_16")
+    nb.transcript_of(tmp_path / "pause.wav", model)
+    assert len(pieces) == 2
+
+
+TONE = 0.5 * np.sin(2 * np.pi * 300 * np.arange(RATE) / RATE)
+NO_SPEECH = {
+    "silence": (np.zeros(30 * RATE), "nothing but silence"),
+    "a constant": (np.full(RATE, 0.5), "nothing but silence"),
+    "dither": (np.random.default_rng(0).integers(-1, 2, RATE).astype(np.int16), "nothing but silence"),
+    "three samples": (TONE[1:4], "too short"),
+    "half a tenth of a second": (TONE[: RATE // 20], "too short"),
+    "no samples": (np.zeros(0), "holds no samples"),
+    "whole numbers as floats": (TONE * 32_768, "divide them by 32,768"),
+    "not finite": (np.where(np.arange(RATE) == 99, np.nan, TONE), "no finite numbers"),
+    "no sound": ("no sound", "not audio, or damaged"),
+    "nothing": ("", "is empty"),
+    "no file": (None, "no such file"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_SPEECH)
+def test_a_recording_that_cannot_be_transcribed_is_named_in_one_line(tmp_path, kind):
+    content, reason = NO_SPEECH[kind]
+    path = tmp_path / "my_recording.wav"
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        soundfile.write(path, content, RATE, "PCM_16" if content.dtype == np.int16 else "FLOAT")
+    with pytest.raises(InputError) as error:
+        nb.transcript_of(path, listening(talkative("lstm", 3.0)))
+    message = str(error.value)
+    assert message.startswith(str(path)) and reason in message and "\n" not in message
+
+
+def test_half_a_file_is_said_to_be_half_a_file(learned, model, tmp_path):
+    samples, _ = utils.read_wav(learned.cache.clips("train")[0].path, RATE)
+    for suffix in ("wav", "flac", "ogg"):
+        path = tmp_path / f"whole.{suffix}"
+        soundfile.write(path, samples, RATE)
+        half = tmp_path / f"half.{suffix}"
+        half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(InputError, match=r"half\.\w+: .*(cut off|damaged)"):
+            nb.transcript_of(half, model)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The script
+
+
+def transcribe(*arguments, **options):
+    command = [sys.executable, str(ROOT / "transcribe.py"), *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run(command, check=False, **options)
+
+
+def test_a_line_a_file_and_bad_files_stop_no_others(learned, tmp_path):
+    clips = learned.cache.clips("train")[:3]
+    names = ["talk.mp3", "my notes.flac", "ünïcode.wav"]
+    for clip, name in zip(clips, names, strict=True):
+        samples, rate = utils.read_wav(clip.path)
+        soundfile.write(tmp_path / name, samples, rate)
+    (tmp_path / "memo.m4a").write_bytes(b"\0\0\0\x18ftypM4A " + bytes(200))
+    weights = learned.folder / "model.safetensors"
+    done = transcribe("-weights", weights, names[0], "memo.m4a", names[1], "gone.wav", names[2], cwd=tmp_path)
+    assert done.stdout.splitlines() == [clip.text for clip in clips]
+    assert done.returncode == 2
+    assert "lstm" in done.stderr.lower() and "trained on tones (SYNTHETIC speech)" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("transcribe: ")]
+    assert len(lines) == 3 and "Traceback" not in done.stderr
+    assert "ffmpeg -i memo.m4a" in lines[0] and "gone.wav" in lines[1] and "2 of 5 files" in lines[2]
+    done = transcribe("-weights", weights, names[0], cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == clips[0].text + "\n"
+
+
+def test_help_is_quick_and_its_lines_of_python_do_the_same(learned, tmp_path, monkeypatch, capsys):
+    listing = "import sys; sys.argv = ['transcribe.py', '-h']; import runpy, atexit; "
+    listing += (
+        "atexit.register(lambda: print('torch' in sys.modules)); runpy.run_path('transcribe.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("False")  # PyTorch is not imported for it
+    lines = re.search(r"\n    import utils\n(?:    .*\n){3}", done.stdout)[0]
+    readme = (ROOT / "README.md").read_text()
+    assert textwrap.dedent(lines).strip() in readme
+    clip = learned.cache.clips("train")[0]
+    monkeypatch.chdir(ROOT)
+    code = textwrap.dedent(lines).replace("talk.mp3", str(clip.path))
+    exec(re.sub(r"weights/[\w-]+\.safetensors", str(learned.folder / "model.safetensors"), code), {})
+    assert capsys.readouterr().out == clip.text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "name recordings"),
+        (["-weights", "gone.safetensors", "a.wav"], "gone.safetensors: no such file"),
+        (["-weights", "other.safetensors", "a.wav"], "other.safetensors: not a network of this notebook, or damaged"),
+        (["-weights", "code.safetensors", "a.wav"], "code.safetensors: not a trained network, or damaged"),
+        (["-weights", "q3.safetensors", "-decoder", "transformer", "a.wav"], "not the transformer decoder"),
+        (["-weights", "q3.safetensors", "-device", "warp", "a.wav"], "warp"),
+        (["-export", "b.safetensors", "a.wav"], "name recordings"),
+        (["-weights", "q3.safetensors", "-export", "other.safetensors"], "other.safetensors exists"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_status_2(learned, tmp_path, arguments, reason):
+    (tmp_path / "q3.safetensors").write_bytes((learned.folder / "model.safetensors").read_bytes())
+    tensors, about = run_files.load_weights(tmp_path / "q3.safetensors")
+    run_files.save_weights(tmp_path / "other.safetensors", tensors, {k: about[k] for k in about if k != "heard"})
+    torch.save({"run": os.system}, tmp_path / "code.safetensors")
+    done = transcribe(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert reason in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("transcribe")
+
+
+def test_an_exported_network_has_half_the_size_and_writes_the_same(learned, model, tmp_path):
+    whole, half = learned.folder / "model.safetensors", tmp_path / "mine.safetensors"
+    assert transcribe("-weights", whole, "-export", half).returncode == 0
+    assert half.stat().st_size < 0.7 * whole.stat().st_size
+    smaller = nb.load_model(half)
+    assert smaller.about == model.about and smaller.settings == model.settings
+    for clip in learned.cache.clips("train")[:5]:
+        assert nb.transcript_of(clip.path, smaller) == clip.text
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(smaller.state_dict()[name], tensor, rtol=2e-3, atol=1e-6), name
