@@ -430,7 +430,11 @@ def recorded_table(folder: Path | str, split: str):
             {
                 "data": row["dataset"],
                 "decoder": row["decoder"],
-                "setting": ", ".join([row["preset"], *(f"{name} {value}" for name, value in row["changes"].items())]),
+                "setting": ", ".join(
+                    [row["preset"]]
+                    + ([f"pretrained on {row['pretrained']}"] if row["pretrained"] else [])
+                    + [f"{name} {value}" for name, value in row["changes"].items()]
+                ),
                 "seeds": len(row["seeds"]),
                 "similarity": spread(row["scores"]["damerau_levenshtein"], ".3f"),
                 "CER": spread(row["scores"]["cer"], ".1%"),
@@ -456,7 +460,8 @@ def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]
     for path in sorted(Path(folder).glob("*.json")):
         record = read_json(path)
         if split in record and "decoder" in record.get("config", {}):
-            shared = json.dumps([record["dataset"]["sha256"], record["config"], record["changes"]], sort_keys=True)
+            same = record["dataset"]["sha256"], record["config"], record["changes"], record.get("pretrained")
+            shared = json.dumps(same, sort_keys=True)
             groups.setdefault(shared, []).append((path.name, record))
     rows = []
     for runs in groups.values():
@@ -472,7 +477,7 @@ def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]
                 "decoder": first["config"]["decoder"],
                 "seeds": [record["seed"] for record in records],
                 "by_heart": learnt_by_heart(first),
-                "scored_again": first.get("scored_again", False),  # then another record has the same training
+                "pretrained": first["pretrained"]["dataset"]["name"] if "pretrained" in first else None,
                 "clips": first[split]["clips"],
                 "minutes": mean_and_std([record["seconds"] / 60 for record in records]),
                 "scores": {key: mean_and_std([s[key] for s in scores]) for key in scores[0]},

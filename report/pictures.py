@@ -52,8 +52,7 @@ def draw_q2(axes) -> str:
 
 def draw_q3(axes) -> str:
     """Validation similarity over the epochs: mean over the seeds, and their range."""
-    trained = [rows for rows in q3_pairs(RESULT).values() if not rows[0]["scored_again"]]
-    pairs = [rows for rows in trained if rows[0]["preset"].startswith("improved")]
+    pairs = [rows for rows in q3_pairs(RESULT).values() if rows[0]["preset"].startswith("improved")]
     colours = dict(zip(DECODERS, utils.COLOURS, strict=False))
     for rows, line in zip(pairs, ("-", "--", ":"), strict=False):
         for row in rows:
