@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
 
-.PHONY: help q1 q2 q2-grid q3 lab test lint bench bench-gpu clean
+.PHONY: help demo transcribe q1 q2 q2-grid q3 lab test lint bench bench-gpu clean
 .PHONY: q1-records q2-records q3-records q3-ablations q3-lj-text records weights readme report
 
 help:           ## this list
@@ -20,6 +20,13 @@ $(READY): requirements.txt
 	@touch $@
 
 ##@ What everyone uses
+
+demo: $(READY)  ## classify a scan and transcribe a recording, both from examples/ (15 seconds)
+	$(BIN)/python hw2-q2.py -predict examples/CNV-9374492-182.jpeg
+	$(BIN)/python transcribe.py examples/LJ050-0270.wav
+
+transcribe: $(READY)  ## recordings to text: make transcribe FILE=talk.mp3
+	$(BIN)/python transcribe.py $(if $(FILE),"$(FILE)") $(ARGS)
 
 q1: $(READY)    ## question 1: tables and a figure of attention in linear time (a minute)
 	$(BIN)/python attention_approx.py -figures runs/q1 $(ARGS)
