@@ -265,7 +265,10 @@ def voice():
 
 @cache
 def other_voices():
-    """The second synthesiser: `other_voices()(text, voice, speed, pitch)` gives float32 samples at 16 kHz."""
+    """The second synthesiser: `other_voices()(text, voice, speed, pitch)` gives float32 samples at 16 kHz.
+
+    Its breath noise depends on all that it has spoken before: the same call sounds alike, but is not bit-identical.
+    """
     try:
         from py_nanotts import NanoTTS
     except ImportError as error:
@@ -276,7 +279,7 @@ def other_voices():
 def spoken_clip(text: str, seed: int, row: int, wide: bool = False) -> np.ndarray:
     """A text in a voice, a room, at a level and with a noise that are functions of (seed, row): int16 [samples].
 
-    `wide` adds other voices and limited bands. Raises SpeechError for a text that has no sound, or that the voice
+    `wide` adds limited bands and other voices (whose clips are alike, not identical, each time). Raises SpeechError for a text that has no sound, or that the voice
     cannot speak.
     """
     rng = np.random.default_rng((seed, row))

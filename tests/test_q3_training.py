@@ -3,6 +3,7 @@ recordings transcribed with the network that was trained. The data: words whose 
 
 import copy
 import errno
+import hashlib
 import json
 import math
 import multiprocessing
@@ -899,6 +900,43 @@ def test_a_model_is_loaded_as_it_was_saved(whole):
     assert not model.training and isinstance(model.decoder, KINDS[whole.decoder])
     for name, value in weights(whole).items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+def test_training_goes_on_from_pretrained_weights(whole, folder, tmp_path, monkeypatch):
+    path, other = whole.folder / "model.safetensors", make_tones(tmp_path / "others", seed=5)
+    run = nb.replace(make_run(other, tmp_path / "runs", whole.decoder, epochs=1), pretrained=path)
+    for name, value in nb.load_model(path).state_dict().items():  # statistics among them
+        assert torch.equal(nb.new_model(run).state_dict()[name], value)
+    train(run)
+    record, about = run.record(), run_files.load_weights(run.folder / "model.safetensors")[1]
+    assert record["pretrained"] == about["pretrained"] == run.pretrained_on
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert record["pretrained"]["sha256"] == digest and record["pretrained"]["dataset"]["name"] == "tones"
+    fresh = make_run(other, tmp_path / "runs", whole.decoder, epochs=1)
+    assert run.folder != fresh.folder and not fresh.is_finished() and run.is_finished()
+    assert record["history"][0]["train"]["loss"] < 0.95 * whole.record()["history"][0]["train"]["loss"]
+    assert f"-p pretrained {path}" in nb.replace(run, asked={"pretrained": str(path)}).command
+    shutil.copy(path, tmp_path / "moved.safetensors")
+    assert nb.replace(run, pretrained=tmp_path / "moved.safetensors").folder != run.folder  # its name is in the record
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block_form": "pre-norm"}, "was trained with other settings: block_form"),
+        ({"heads": 1, "n_fft": 512}, "was trained with other settings: n_fft, heads"),
+        ({"ctc_weight": 0.0, "guide_weight": 0.0}, "not a network of these settings, or damaged"),
+    ],
+)
+def test_pretrained_weights_of_another_network_are_refused(runs, folder, tmp_path, changes, reason):
+    path = runs["lstm"].folder / "model.safetensors"
+    assert getattr(runs["lstm"].settings, next(iter(changes))) != next(iter(changes.values()))
+    run = nb.replace(make_run(folder, tmp_path, "lstm", **changes), pretrained=path)
+    with pytest.raises(InputError) as error:
+        train(run)
+    assert str(path) in str(error.value) and reason in str(error.value)
+    with pytest.raises(InputError, match=r"gone\.safetensors: no such file"):
+        _ = nb.replace(run, pretrained=tmp_path / "gone.safetensors").folder
 
 
 def test_the_other_decoder_and_no_file_are_named(whole, tmp_path):

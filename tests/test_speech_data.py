@@ -103,8 +103,8 @@ def test_each_file_is_hashed_once(folder, tmp_path, monkeypatch):
 
 def test_the_shares_are_the_official_rows_and_no_split_is_empty(tmp_path):
     def shares(num_rows):
-        name, kind, rows = utils.describe_folder(tmp_path, num_rows)
-        assert (name, kind) == (tmp_path.name, "real")
+        name, kind, rows, unread = utils.describe_folder(tmp_path, num_rows)
+        assert (name, kind, unread) == (tmp_path.name, "real", ())
         return rows
 
     assert shares(13_100) == {"train": range(9825), "val": range(9825, 10480), "test": range(10480, 13100)}
@@ -294,6 +294,60 @@ def test_corpus_json_gives_name_kind_and_splits(folder, capsys):
     assert utils.load_speech(str(folder)).description["counts"] == {"train": 15, "val": 1, "test": 4}
 
 
+# Corpora put together
+
+
+def test_a_folder_is_tested_on_all_clips_of_another(folder, tmp_path):
+    other = make_corpus(tmp_path / "other", 5, 0.8)
+    corpus = utils.load_speech(str(folder), also_test=str(other))
+    assert corpus.name == "mine, tested on other" and corpus.kind == "real"
+    ids = {split: [clip.id for clip in clips] for split, clips in corpus.splits.items()}
+    assert ids == {
+        "train": [f"C{i:03d}" for i in range(18)],
+        "val": ["C018", "C019"],
+        "test": [f"C{i:03d}" for i in range(5)],
+    }
+    assert {clip.path.parent for clip in corpus.splits["test"]} == {other / "wavs"}
+    rows = [clip.row for clips in corpus.splits.values() for clip in clips]
+    assert len(set(rows)) == len(rows)
+    assert corpus.description["sha256"] != utils.load_speech(str(folder)).description["sha256"]
+
+
+def test_splits_that_are_given_stay_when_another_folder_is_tested_on(folder, tmp_path):
+    (folder / "corpus.json").write_text(json.dumps(ABOUT | {"unread": ["LJ001-0001"]}))
+    other = make_corpus(tmp_path / "other", 5, 0.8)
+    alone, both = (utils.load_speech(str(folder), also_test=name) for name in ("", str(other)))
+    assert both.splits.keys() == {*ABOUT["splits"], "test_real"} and len(both.splits["test_real"]) == 5
+    assert all(both.splits[split] == alone.splits[split] for split in ABOUT["splits"])
+    assert both.description["unread"] == ["LJ001-0001"]
+
+
+def test_as_many_clips_of_another_corpus_are_mixed_in(folder, tmp_path):
+    other = make_corpus(tmp_path / "other", 100, 0.1)  # 75 to train on
+    corpus, alone = utils.load_speech(str(folder), mixed_with=str(other)), utils.load_speech(str(folder))
+    assert corpus.name == "mine, with 15 clips of other"
+    assert corpus.splits["train"][:15] == alone.splits["train"]
+    assert [clip.id for clip in corpus.splits["train"][15:]] == [f"C{i:03d}" for i in range(0, 75, 5)]
+    assert {clip.path.parent for clip in corpus.splits["train"][15:]} == {other / "wavs"}
+    assert all(corpus.splits[split] == alone.splits[split] for split in ("val", "test"))
+    few = utils.load_speech(str(other), mixed_with=str(folder))  # which has fewer
+    assert len(few.splits["train"]) == 75 + 15
+
+
+def test_corpora_put_together_have_features_of_their_own(folder, tmp_path):
+    other = make_corpus(tmp_path / "other", 5, 0.8)
+    extract, data = Extract(), tmp_path / "data"
+    alone, both = (utils.load_speech(str(folder), also_test=name) for name in ("", str(other)))
+    first = utils.cached_features(alone, extract, SETTINGS, data)
+    second = utils.cached_features(both, extract, SETTINGS, data)
+    assert first.path != second.path and len(list(data.glob("*.f16"))) == 2
+    for clip in both.splits["test"]:
+        samples, rate = utils.read_wav(other / "wavs" / f"{clip.id}.wav")
+        assert np.array_equal(second[clip], extract(samples, rate).astype(np.float16))
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        utils.load_speech(str(folder), also_test=str(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize(
     "about",
     [
@@ -307,6 +361,9 @@ def test_corpus_json_gives_name_kind_and_splits(folder, capsys):
         ABOUT | {"name": "\x1b[2J"},
         ABOUT | {"name": "half a pair \ud83d"},
         ABOUT | {"splits": ABOUT["splits"] | {"<b>": [20, 20]}},
+        ABOUT | {"unread": ["<b>"]},
+        ABOUT | {"unread": [3]},
+        ABOUT | {"unread": 3},
         ABOUT | {"splits": ABOUT["splits"] | {"a/b": [20, 20]}},
         ABOUT | {"splits": ABOUT["splits"] | {"a\x1b": [20, 20]}},
         ABOUT | {"splits": ABOUT["splits"] | {"train": [False, 9]}},

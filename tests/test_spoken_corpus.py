@@ -440,14 +440,56 @@ def test_transcripts_keep_rows_and_ids(tmp_path, transcripts):
     assert record["name"] == "LJ Speech texts, spoken" and record["clips"] == 12
     assert record["splits"] == {"train": [0, 9], "val": [9, 9], "test": [9, 12]}
     # the third column is what is spoken
-    samples, _ = soundfile.read(folder / "wavs" / "LJ901-0001.wav", dtype="int16")
-    assert np.array_equal(samples, speech.spoken_clip("Printing began in fourteen forty.", 0, 0))
+    samples, _ = soundfile.read(folder / "wavs" / "LJ902-0007.wav", dtype="int16")  # of the test split
+    assert np.array_equal(samples, speech.spoken_clip("Line number 7, as spoken.", 0, 9))
+
+
+def test_training_texts_are_spoken_in_more_voices_than_the_texts_of_a_test(tmp_path, monkeypatch):
+    kept, path = {}, tmp_path / "metadata.csv"
+    path.write_text("".join(f"A-{n:02d}|a|a\n" for n in range(20)))
+    monkeypatch.setattr(speech, "write_clip", lambda path, text, seed, row, wide: kept.update({row: wide}) or 1)
+    speech.speak_transcripts(path, tmp_path / "out", jobs=1)
+    assert [kept[row] for row in range(20)] == [True] * 15 + [False] * 5
+    assert "py-nanotts" in json.loads((tmp_path / "out" / "corpus.json").read_text())["voice"]
+
+
+def test_wide_clips_have_other_voices_and_limited_bands():
+    def top(samples):  # the frequency below which 99.9 % of the power lies, Hz
+        power = np.abs(np.fft.rfft(samples)) ** 2
+        return np.searchsorted(np.cumsum(power), 0.999 * power.sum()) * speech.SPEECH_RATE / len(samples)
+
+    spoken = []
+    with pytest.MonkeyPatch.context() as patch:
+        genuine = speech.other_voices()
+        patch.setattr(speech, "other_voices", lambda: lambda *words: spoken.append(words[1]) or genuine(*words))
+        patch.setattr(speech, "NOISE", (80.0, 80.0))
+        wide = [speech.spoken_clip("Hello, my old friend.", 0, row, wide=True) for row in range(60)]
+    assert set(spoken) == {"en-US", "en-GB"} and 8 <= len(spoken) <= 28  # 18 expected
+    assert sum(top(samples) < 4_500 for samples in wide) >= 5 and sum(top(samples) > 5_000 for samples in wide) >= 5
+
+
+def test_unread_chapters_and_lists_are_left_out_of_training_alone(tmp_path, monkeypatch):
+    rows = [f"LJ{chapter:03d}-{n:04d}" for chapter in range(1, 5) for n in range(5)]  # 15 to train on, one, four
+    path, other, kept = tmp_path / "metadata.csv", tmp_path / "other.csv", {}
+    path.write_text("".join(f"{row}|a|a\n" for row in rows))
+    other.write_text("LJ002-0003|a|a\nLJ004-0000|a|a\nLJ004-0004|a|a\n")  # in train, val and test
+    monkeypatch.setattr(
+        speech, "write_corpus", lambda *args, **about: kept.update(rows=args[2], splits=args[3], **about)
+    )
+    speech.speak_transcripts(path, tmp_path / "out", unread=["LJ001", "LJ999"])
+    assert kept["unread"] == rows[:5] and kept["splits"] == {"train": (0, 10), "val": (10, 11), "test": (11, 15)}
+    assert [row[0] for row in kept["rows"]] == rows[5:]
+    speech.speak_transcripts(path, tmp_path / "out", unread=["LJ001", str(other)])
+    assert kept["unread"] == [*rows[:5], "LJ002-0003", "LJ004-0000"]
+    assert kept["splits"] == {"train": (0, 9), "val": (9, 9), "test": (9, 13)} and kept["rows"][-1][0] == "LJ004-0004"
+    with pytest.raises(OSError, match=r"gone\.csv"):
+        speech.speak_transcripts(path, tmp_path / "out", unread=["gone.csv"])
 
 
 def test_all_of_lj_speech_has_the_official_splits(tmp_path, monkeypatch):
     path, kept = tmp_path / "metadata.csv", {}
     path.write_text("".join(f"LJ-{n:05d}|a|a\n" for n in range(13_100)))
-    monkeypatch.setattr(speech, "write_corpus", lambda *args: kept.update(splits=args[3], rows=args[2]))
+    monkeypatch.setattr(speech, "write_corpus", lambda *args, **_: kept.update(splits=args[3], rows=args[2]))
     speech.speak_transcripts(path, tmp_path / "out")
     assert kept["splits"] == LJ_SPEECH_SPLITS and len(kept["rows"]) == 13_100
 
