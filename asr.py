@@ -32,7 +32,6 @@ from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
 
 from runs import (
-    LEFTOVER,
     InputError,
     end_with,
     load_checkpoint,
@@ -325,9 +324,6 @@ def train_all(train: Callable, runs: list[SpeechRun], on_cpu: bool, processes: i
     with contextlib.ExitStack() as locks:
         for run in runs:
             locks.enter_context(lock_folder(run.folder))
-            for path in run.folder.iterdir():
-                if LEFTOVER.fullmatch(path.name):  # of a process that was killed while it wrote
-                    path.unlink(missing_ok=True)
         if on_cpu and processes == 1:
             for run, history in train_at_once(train, runs) if runs else ():
                 print(progress(run, history), flush=True)

@@ -237,6 +237,7 @@ LEFTOVER = re.compile(r"\.\w+\.(json|pt|png|svg|safetensors)\.\d+\.part")  # wha
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from training in `folder`, which is made. Raises InputError while one does.
 
+    What a process left half-written when it was killed is removed.
     Where the file system has no locks, as some network drives, a line warns and the run goes on.
     """
     from filelock import FileLock, Timeout
@@ -252,6 +253,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
             raise
         print(f"{folder}: its file system has no locks: do not train twice in this folder", file=sys.stderr)
     try:
+        for path in folder.iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -281,9 +285,6 @@ def do_once(
                 f"{folder}: holds no run to go on with (but {min(others)}): empty it or choose another -out"
             )
     with lock_folder(folder):
-        for name in files:
-            if LEFTOVER.fullmatch(name):
-                (folder / name).unlink(missing_ok=True)
         if path.exists():
             try:
                 record = read_json(path)

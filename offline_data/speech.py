@@ -279,8 +279,8 @@ def other_voices():
 def spoken_clip(text: str, seed: int, row: int, wide: bool = False) -> np.ndarray:
     """A text in a voice, a room, at a level and with a noise that are functions of (seed, row): int16 [samples].
 
-    `wide` adds limited bands and other voices (whose clips are alike, not identical, each time). Raises SpeechError for a text that has no sound, or that the voice
-    cannot speak.
+    `wide` adds limited bands, and other voices, whose clips are alike each time, but not identical. Raises SpeechError
+    for a text that has no sound, or that the voice cannot speak.
     """
     rng = np.random.default_rng((seed, row))
     shift = rng.integers(*SHIFTS, endpoint=True)  # played faster, the voice is higher: it speaks so much slower
