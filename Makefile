@@ -7,7 +7,7 @@ READY := .venv/.ready
 .DEFAULT_GOAL := help
 
 .PHONY: help demo transcribe q1 q2 q2-grid q3 lab test lint bench bench-gpu clean
-.PHONY: q1-records q2-records q3-records q3-ablations q3-lj-text records weights readme report
+.PHONY: q1-records q2-records q3-records q3-ablations q3-lj-text q3-real records weights readme report
 
 help:           ## this list
 	@awk -F ':.*## ' '/^##@/ { printf "\n%s\n", substr($$0, 5) } \
@@ -99,7 +99,7 @@ q2-records: $(READY)  ## question 2: every record that the README quotes (REAL=s
 REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
 TEST_SPEECH ?= ../shared/data/ljspeech-chapters
-RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir results/q3 -p extra_clips 50
+RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir results/q3 -p extra_clips 52
 
 q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH=LJSpeech-1.1)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
@@ -130,6 +130,17 @@ q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes
 	$(BIN)/python -m offline_data.speech -transcripts $(TEXTS) -out data/lj-text \
 	    -unread LJ001 LJ002 LJ050 $(TEST_SPEECH)/metadata.csv
 	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -y '{overrides: {$(LONG)}}' $(ARGS)
+	for d in lstm transformer; do rm -f data/q3-$$d.safetensors; $(BIN)/python transcribe.py \
+	    -weights runs/q3/lj-text-improved-$$d-seed42-*/model.safetensors -export data/q3-$$d.safetensors || exit 1; done
+	$(BIN)/python report/transcripts.py
+
+# The networks of q3-lj-text adapted to a real voice, and networks that know nothing else.
+ON_REAL := $(RECORDED) -p data $(REAL_SPEECH) -p also_test $(TEST_SPEECH)
+q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (20 minutes; resumes)
+	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
+	$(call needs,TEST_SPEECH,path/to/folder)
+	$(ON_REAL) -p mixed_with data/lj-text -p pretrained 'data/q3-{decoder}.safetensors'
+	$(ON_REAL) -y '{overrides: {$(LONG), epochs: 60}}'
 	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where
@@ -140,14 +151,17 @@ records: $(READY)  ## all of them, in order: hours; resumes (REAL=, REAL_SPEECH=
 	$(MAKE) q3-records
 	$(MAKE) q3-ablations
 	$(MAKE) q3-lj-text
+	$(MAKE) q3-real
 
-# The network that `-predict` uses without -checkpoint: one of the recorded runs, trained again where its best.pt is gone.
+# The networks that -predict and transcribe.py use where none is named, of recorded runs. The first is trained again where
+# its best.pt is gone; the second is what q3-lj-text left.
 WEIGHTS := weights/q2-strong-phantoms.safetensors
 STRONG := results/q2/phantom-strong/maxpool-lr0.003-seed42
-weights: $(READY)  ## question 2: the trained network in weights/
+weights: $(READY)  ## the trained networks in weights/, after q3-lj-text
 	$(Q2) -data phantom -recipe strong -seed 42 -out $(STRONG) -resume
 	rm -f $(WEIGHTS)
 	$(Q2) -export $(WEIGHTS) -checkpoint $(STRONG)/best.pt
+	cp data/q3-lstm.safetensors weights/
 
 readme: $(READY)  ## the figures and tables of README.md
 	$(BIN)/python benchmarks/bench_q1.py -draw results/q1.json -figures report/figures/q1
