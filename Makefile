@@ -123,13 +123,13 @@ q3-ablations: $(READY)  ## question 3: what single changes of the preset are wor
 	$(BIN)/python report/transcripts.py
 
 # What is to be tested on as real speech is read in no training: its texts, and three whole chapters.
-LONG := epochs: 10, dropout: 0.1, spec_augment: true, attention_window: 1
-q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=metadata.csv TEST_SPEECH=folder)
+VARIED := dropout: 0.1, spec_augment: true, attention_window: 1
+q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=, TEST_SPEECH=)
 	$(call needs,TEXTS,path/to/metadata.csv)
 	$(call needs,TEST_SPEECH,path/to/folder)
 	$(BIN)/python -m offline_data.speech -transcripts $(TEXTS) -out data/lj-text \
 	    -unread LJ001 LJ002 LJ050 $(TEST_SPEECH)/metadata.csv
-	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -y '{overrides: {$(LONG)}}' $(ARGS)
+	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -y '{overrides: {epochs: 10, $(VARIED)}}' $(ARGS)
 	for d in lstm transformer; do rm -f data/q3-$$d.safetensors; $(BIN)/python transcribe.py \
 	    -weights runs/q3/lj-text-improved-$$d-seed42-*/model.safetensors -export data/q3-$$d.safetensors || exit 1; done
 	$(BIN)/python report/transcripts.py
@@ -140,12 +140,12 @@ q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (20 minutes; r
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
 	$(call needs,TEST_SPEECH,path/to/folder)
 	$(ON_REAL) -p mixed_with data/lj-text -p pretrained 'data/q3-{decoder}.safetensors'
-	$(ON_REAL) -y '{overrides: {$(LONG), epochs: 60}}'
+	$(ON_REAL) -y '{overrides: {epochs: 60, $(VARIED)}}'
 	$(BIN)/python report/transcripts.py
 
 # All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where
 # the numbers come from". Stopped, it is called again: questions 2 and 3 go on where they were.
-records: $(READY)  ## all of them, in order: hours; resumes (REAL=, REAL_SPEECH=, TEXTS=)
+records: $(READY)  ## all of them, in order: hours; resumes (REAL=, REAL_SPEECH=, TEXTS=, ...)
 	$(MAKE) q1-records
 	$(MAKE) q2-records
 	$(MAKE) q3-records
