@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     import utils
 
     weights = args.weights or HERE / "weights" / f"q3-{args.decoder or BEST}.safetensors"
+    if not args.weights and not weights.exists():
+        raise InputError(f"no network with the {args.decoder or BEST} decoder in weights/: name one with -weights")
     q3 = utils.notebook_definitions(HERE / "hw2-q3.ipynb")
     model = q3.load_model(weights, args.decoder).to(utils.choose_device(args.device))
     data, scores = model.about["dataset"], model.about["scores"]["test"]

@@ -268,6 +268,7 @@ def test_help_is_quick_and_its_lines_of_python_do_the_same(learned, tmp_path, mo
         (["-weights", "code.safetensors", "a.wav"], "code.safetensors: not a trained network, or damaged"),
         (["-weights", "q3.safetensors", "-decoder", "transformer", "a.wav"], "not the transformer decoder"),
         (["-weights", "q3.safetensors", "-device", "warp", "a.wav"], "warp"),
+        (["-decoder", "transformer", "a.wav"], "no network with the transformer decoder in weights/"),
         (["-export", "b.safetensors", "a.wav"], "name recordings"),
         (["-weights", "q3.safetensors", "-export", "other.safetensors"], "other.safetensors exists"),
     ],
