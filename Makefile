@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# CPU=1, at the first make: PyTorch without CUDA, from the index that its documentation names.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+CPU_BUILDS = --index-url https://download.pytorch.org/whl/cpu $(shell grep -oE '^torch[a-z]*==[0-9.]+' requirements.txt)
 .DEFAULT_GOAL := help
 
 .PHONY: help demo transcribe q1 q2 q2-grid q3 lab test lint bench bench-gpu clean
@@ -16,7 +19,8 @@ help:           ## this list
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	$(if $(CPU),$(INSTALL) $(CPU_BUILDS))
+	$(INSTALL) --requirement requirements.txt
 	@touch $@
 
 ##@ What everyone uses
