@@ -77,11 +77,11 @@ SEEDS := seed42 seed43 seed44
 # $(call needs,VARIABLE,example): what a variable names must be there before hours of work begin.
 needs = @test -e $($(1)) || { echo "$($(1)) does not exist: say $(1)=$(2)"; exit 1; }
 
-q1-records: $(READY)  ## question 1: every record that the README quotes
+q1-records: $(READY)  ## question 1: every record
 	$(BIN)/python benchmarks/bench_q1.py -curves -out results/q1.json
 	$(BIN)/python benchmarks/bench_q1.py -out results/q1-bench.json
 
-q2-records: $(READY)  ## question 2: every record that the README quotes (REAL=scans.npz)
+q2-records: $(READY)  ## question 2: every record (REAL=scans.npz)
 	$(call needs,REAL,scans.npz)
 	$(GRID) -data phantom -out results/q2/phantom-homework
 	$(GRID) -data $(REAL) -out results/q2/real-subset-homework
@@ -147,8 +147,8 @@ q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (20 minutes; r
 	$(ON_REAL) -y '{overrides: {epochs: 60, $(VARIED)}}'
 	$(BIN)/python report/transcripts.py
 
-# All of them, one after the other, for each measures time. What each takes on two cores, as recorded: README.md, "Where
-# the numbers come from". Stopped, it is called again: questions 2 and 3 go on where they were.
+# All of them, one after the other, for each measures time. What each takes on two cores stands in results/README.md.
+# Stopped, it is called again: questions 2 and 3 go on where they were.
 records: $(READY)  ## all of them, in order: hours; resumes (REAL=, REAL_SPEECH=, TEXTS=, ...)
 	$(MAKE) q1-records
 	$(MAKE) q2-records
@@ -167,9 +167,7 @@ weights: $(READY)  ## the trained networks in weights/, after q3-lj-text
 	$(Q2) -export $(WEIGHTS) -checkpoint $(STRONG)/best.pt
 	cp data/q3-lstm.safetensors weights/
 
-readme: $(READY)  ## the figures and tables of README.md
-	$(BIN)/python benchmarks/bench_q1.py -draw results/q1.json -figures report/figures/q1
-	$(Q2) -draw results/q2/*/grid.json -out report/figures/q2
+readme: $(READY)  ## README.md, its picture, and the tables of results/README.md
 	$(BIN)/python report/readme.py
 	$(BIN)/python report/pictures.py
 

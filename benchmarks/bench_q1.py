@@ -2,7 +2,7 @@
 
     python benchmarks/bench_q1.py [-out results/q1-bench.json]                         times and memory, and their bars
     python benchmarks/bench_q1.py -curves [-out results/q1.json]                       errors, times, memory against L
-    python benchmarks/bench_q1.py -draw results/q1.json -figures report/figures/q1     the figure of such a record
+    python benchmarks/bench_q1.py -draw results/q1.json -figures runs/q1     the figure of such a record
     python benchmarks/bench_q1.py -device cuda [-out runs/q1-cuda.json]                long sequences on a GPU
 
 The yardstick is torch.nn.functional.scaled_dot_product_attention(scale=1): float32, B = H = 1 unless said otherwise,
