@@ -5,18 +5,22 @@ python report/pictures.py          report/figures/overview.png
 
 import importlib
 import io
+import sys
+from pathlib import Path
 
-import numpy as np
-from readme import DECODERS, ROOT, SPEECH, NotRecorded, first_pair, read  # puts ROOT on the path
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 from runs import Parser, write_whole
 
 if __name__ == "__main__":
-    Parser(__doc__).parse_args()
+    Parser(__doc__).parse_args()  # -h is answered now: PyTorch takes seconds to import
 
+import numpy as np
 import torch
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
+from readme import DECODERS, SPEECH, NotRecorded, first_pair, read
 
 import utils
 from offline_data.phantoms import oct_phantoms

@@ -139,8 +139,8 @@ def q2_result() -> list[str]:
     folders = "real-subset-homework-100-epochs", "real-subset-strong-100-epochs", "phantom-homework", "phantom-strong"
     shares = [f"{chosen(folder)['test_balanced_accuracy']['mean']:.0%}" for folder in folders]
     result = (
-        f"**{shares[1]} of real scans** named rightly among four conditions by our strong recipe, {shares[0]} by the "
-        f"homework's; of phantoms {shares[3]} and {shares[2]} (guessing: 25%)"
+        f"The right one of four conditions for **{shares[1]} of real scans** with our strong recipe, {shares[0]} with "
+        f"the homework's; for {shares[3]} and {shares[2]} of phantoms (mean of the classes; guessing: 25%)"
     )
     links = [
         link(f"{GRIDS[folder][0]}, {share}", f"q2/{folder}/grid.json")
@@ -209,10 +209,10 @@ def q3_groups() -> dict[str, list[dict]]:
         name, first = (re.sub(r", tested on [^,]+", "", row[key] or "") for key in ("dataset", "pretrained"))
         row["data"] = f"{first}, then {name}" if first else name
         row["real"] = not row["by_heart"] and (row["split"] == "test_real" or row["kind"] == "real")
-        row["links"] = " ".join(link(f"{s}", f"q3/{f}") for s, f in zip(row["seeds"], row["files"], strict=True))
+        row["links"] = "\u00a0".join(link(f"{s}", f"q3/{f}") for s, f in zip(row["seeds"], row["files"], strict=True))
         tested = f"{SPEECH['real' if row['real'] else row['kind']]}, {row['clips']:,} clips"
         tested = "a word in each sentence never heard in training, " * (row["split"] == "test_new_words") + tested
-        row["group"] = "No result: " * row["by_heart"] + (tested if row["real"] else f"{name}: {tested}")
+        row["group"] = f"No result, {name}" if row["by_heart"] else tested if row["real"] else f"{name}: {tested}"
     if not rows:
         raise NotRecorded("question 3")
 
@@ -238,13 +238,13 @@ def first_pair() -> list[dict]:
 
 
 def errors(rows: list[dict]) -> str:
-    return ", ".join(f"{100 * row['scores']['cer']['mean']:.1f} ({DECODERS[row['decoder']]})" for row in rows)
+    return ", ".join(f"{100 * row['scores']['cer']['mean']:.1f} with the {DECODERS[row['decoder']]}" for row in rows)
 
 
 def q3_result() -> list[str]:
     """The first corpus; and real speech, by the networks trained in the most steps."""
     found, data = [first_pair()], f"{SPEECH[first_pair()[0]['kind']]}, one voice"
-    result = f"**wrong characters in 100:** {errors(found[0])}"
+    result = f"**Wrong characters in 100:** {errors(found[0])}"
     for group, rows in q3_groups().items():
         if rows[0]["real"]:
             found.append(pair([row for row in rows if row["data"] == rows[-1]["data"]]))
@@ -269,7 +269,8 @@ def transcript() -> str:
     lines = {"said": clips[clip]["said"]} | {name: written[clip]["written"] for name, written in texts.items()}
     links = ", ".join(link(DECODERS[row["decoder"]], f"q3/details/{row['files'][0]}") for row in rows)
     return "\n".join(["```text", *(f"{name:<12} {text}" for name, text in lines.items()), "```", ""]) + (
-        f"\nThe first test sentence of the {rows[0]['data']} ({SPEECH[rows[0]['kind']]}) that one gets wrong: {links}."
+        f"\nThe first test sentence of the {rows[0]['data']} ({SPEECH[rows[0]['kind']]}) that a decoder gets wrong "
+        f"({links})."
     )
 
 
@@ -305,7 +306,7 @@ def q3_decoding() -> str:
             if found and all(found):
                 ways = [way for way in found[0] if way != "clips"]
                 rates = [sum(f[way]["cer"] for f in found) / len(found) for way in ways]
-                cells = [f"{rate:.1%} ({100 * (rate - rates[0]):+.1f})" for rate in rates[1:]]
+                cells = [f"{rate:.1%}\u00a0({100 * (rate - rates[0]):+.1f})" for rate in rates[1:]]
                 about = f"{row['data']}; {group}" if row["real"] else group
                 body.append([about, DECODERS[row["decoder"]], f"{found[0]['clips']}", f"{rates[0]:.1%}", *cells])
     return table(", ".join(["tested on", "decoder", "tried", *(way.replace(", ", " ") for way in ways)]), body)
@@ -313,9 +314,11 @@ def q3_decoding() -> str:
 
 def q3_counts() -> str:
     rows, splits = {}, ("train", "val", *SPLITS)
-    for row in (row for rows in q3_groups().values() for row in rows):
+    for row in (row for rows in q3_groups().values() for row in rows if not row["by_heart"]):
         about = read(f"q3/{row['files'][0]}")["dataset"]
-        sizes = [f"{about['counts'][s]:,} ({about['hours'][s]:.2f} h)" if s in about["counts"] else "" for s in splits]
+        sizes = [
+            f"{about['counts'][s]:,} ({about['hours'][s]:.2f}\u00a0h)" if s in about["counts"] else "" for s in splits
+        ]
         rows[about["name"]] = [f"{about['name']} ({SPEECH[about['kind']]})", *sizes]
     return table(f"corpus, {', '.join(splits)}", rows.values())
 
@@ -341,7 +344,7 @@ make q2 ARGS="-data phantom" && make q3 ARGS="-p data spoken"
 
 def results() -> str:
     rows = []
-    for question, make in (("1 attention", q1_result), ("2 scans", q2_result), ("3 speech", q3_result)):
+    for question, make in (("1\u00a0attention", q1_result), ("2\u00a0scans", q2_result), ("3\u00a0speech", q3_result)):
         try:
             rows.append([question, *make()])
         except NotRecorded:
@@ -361,13 +364,18 @@ def gpu_table() -> str:
 
 def benchmarks() -> str:
     q1, q2, q3 = (read(path) for path in ("q1-bench.json", "q2/bench.json", "q3/bench.json"))
-    mib, steps, bars = q1["memory_mib"], q2["steps_per_second"], {bar["what"]: bar["value"] for bar in q3["bars"]}
+    memory, steps, run = q1["memory_mib"], q2["steps_per_second"], read("q3/run.json")["one_and_two"]
+    speeds = {bar["what"]: bar["value"] for bar in q3["bars"]}
+    for decoder, name in DECODERS.items():
+        fastest = q3["training"][decoder]["ratio_wall"]["course, at its fastest"]
+        speeds[f"training, {name}, the course's at its fastest"] = fastest
     rows = [
-        ["1", "MiB of naive features", f"{mib['naive features']:,.0f}", f"{mib['Taylor']:.0f}", "q1-bench.json"],
-        ["2", "steps a second of the course's loop", f"{steps['plain']:.0f}", f"{steps['ours']:.0f}", "q2/bench.json"],
-        *(["3", f"speed of the course's {what}", "1", f"{value:.0f}", "q3/bench.json"] for what, value in bars.items()),
-    ]  # fmt: skip
-    return table("question, the plain way's, is, ours, record", ([*row[:-1], link("record", row[-1])] for row in rows))
+        ["1, MiB beside the input", f"{memory['naive features']:,.0f}", f"{memory['Taylor']:.0f}", "q1-bench.json"],
+        ["2, steps a second", f"{steps['plain']:.0f}", f"{steps['ours']:.0f}", "q2/bench.json"],
+        *([f"3, speed of {what}", "1", f"{value:.0f}", "q3/bench.json"] for what, value in speeds.items()),
+        ["3, loss of two processes that share batches", "0", f"{run['relative_difference']:.0e} off", "q3/run.json"],
+    ]
+    return table("what, plain way, ours, record", ([*row[:-1], link("record", row[-1])] for row in rows))
 
 
 def records() -> str:
