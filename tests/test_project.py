@@ -559,6 +559,16 @@ def test_a_second_make_installs_nothing():
         assert done.stdout.index("pip install") < done.stdout.index("hw2-q2.py")
 
 
+def test_cpu_builds_are_installed_first_and_at_the_pinned_versions(tmp_path):
+    lines = [
+        line for line in dry_run("q1", "CPU=1", f"READY={tmp_path / 'ready'}").stdout.splitlines() if " pip " in line
+    ]
+    pins = re.findall(r"^torch\w*==[\d.]+", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    assert len(lines) == 2 and len(pins) == 3 and all(pin in lines[0].split() for pin in pins)
+    assert "/whl/cpu " in lines[0] and "requirements.txt" in lines[1]
+    assert "index" not in dry_run("q1", f"READY={tmp_path / 'ready'}").stdout
+
+
 def test_the_benchmark_compares_loops_that_end_alike(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "bench_q2.py", "-rounds", "2", "-steps", "6"]
     done = subprocess.run([*command, "-out", tmp_path / "bench.json"], capture_output=True, text=True, check=False)
