@@ -111,8 +111,8 @@ def q2_phantoms() -> Figure:
     return figure
 
 
-def q2_grid(folder: str) -> Figure:
-    return hw2_q2.plot_grid(read(f"q2/{folder}/grid.json"), ROOT / "results" / "q2" / folder)
+def q2_grid() -> Figure:
+    return hw2_q2.plot_grid(read("q2/phantom-homework/grid.json"), ROOT / "results" / "q2" / "phantom-homework")
 
 
 def q2_confusion() -> Figure:
@@ -219,15 +219,14 @@ def q3_alignments() -> Figure:
 
 
 FIGURES: dict[str, tuple[Callable[[], Figure], float]] = {
-    "q1-attention": (lambda: bench_q1.plot(read("q1.json")), 2.6),
-    "q1-memory-and-crossover": (q1_memory_and_crossover, 2.3),
+    "q1-attention": (lambda: bench_q1.plot(read("q1.json")), 2.4),
+    "q1-memory-and-crossover": (q1_memory_and_crossover, 2.1),
     "q2-phantoms": (q2_phantoms, 0.95),
-    "q2-grid": (lambda: q2_grid("phantom-homework"), 2.3),
-    "q2-grid-real": (lambda: q2_grid("real-subset-homework-100-epochs"), 2.3),
-    "q2-confusion": (q2_confusion, 2.1),
-    "q2-pooling": (q2_pooling, 2.3),
-    "q3-curves": (q3_curves, 2.3),
-    "q3-alignments": (q3_alignments, 2.1),
+    "q2-grid": (q2_grid, 2.4),
+    "q2-confusion": (q2_confusion, 2.0),
+    "q2-pooling": (q2_pooling, 2.1),
+    "q3-curves": (q3_curves, 2.1),
+    "q3-alignments": (q3_alignments, 1.8),
 }  # name of the file -> the function that draws it, and inches of height; in the report's order
 
 
