@@ -115,39 +115,6 @@ def q2_grid() -> Figure:
     return hw2_q2.plot_grid(read("q2/phantom-homework/grid.json"), ROOT / "results" / "q2" / "phantom-homework")
 
 
-def q2_confusion() -> Figure:
-    """Row percentages over the test predictions of all seeds."""
-
-    def tests(folder: str, network: str) -> list[dict]:
-        grid = read(f"q2/{folder}/grid.json")
-        chosen = network, grid["chosen_rate"]
-        row = next(row for row in grid["settings"] if (row["network"], row["learning_rate"]) == chosen)
-        return [read(f"q2/{folder}/{path}")["test"] for path in row["runs"]]
-
-    shown = {
-        "phantoms, max-pool": tests("phantom-homework", "maxpool"),
-        "phantoms, no max-pool": tests("phantom-homework", "no_maxpool"),
-        "real, 100 epochs": tests("real-subset-homework-100-epochs", "maxpool"),
-        "phantoms to real": read("q2/phantom-to-real-homework-lr0.1.json")["test"]["runs"],
-    }
-    figure, every = utils.new_figure(1, len(shown))
-    for axes, (title, runs) in zip(every, shown.items(), strict=True):
-        counts = np.sum([run["confusion"] for run in runs], axis=0)
-        shares = counts / counts.sum(axis=1, keepdims=True)
-        axes.grid(False)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), share in np.ndenumerate(shares):
-            colour = "white" if share > 0.5 else "black"
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour)
-        axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(CLASSES)), CLASSES if axes is every[0] else [])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set(title=title, xlabel="predicted class")
-    every[0].set_ylabel("true class")
-    return figure
-
-
 def q2_pooling() -> Figure:
     networks = read("q2/pooling-phantom.json")["networks"]
     parts = {"train": "training", "val": "validation", "test": "test"}
@@ -223,7 +190,6 @@ FIGURES: dict[str, tuple[Callable[[], Figure], float]] = {
     "q1-memory-and-crossover": (q1_memory_and_crossover, 2.1),
     "q2-phantoms": (q2_phantoms, 0.95),
     "q2-grid": (q2_grid, 2.4),
-    "q2-confusion": (q2_confusion, 2.0),
     "q2-pooling": (q2_pooling, 2.1),
     "q3-curves": (q3_curves, 2.1),
     "q3-alignments": (q3_alignments, 1.8),
