@@ -803,30 +803,42 @@ def measure_times(lengths: list[int], dim: int, num_terms: int, dtype: torch.dty
     return points
 
 
-def draw(errors: dict[int, list[tuple[float, float, float]]], curves: list[dict], folder: Path) -> None:
-    """attention.png and .svg: for each K the errors and bounds against the scores' size, for each D time against L."""
-    from utils import COLOURS, new_figure, save_figure
+def plot(errors: dict[int, list[tuple[float, float, float]]], curves: list[dict]):
+    """A figure: for each K the errors and bounds against the scores' size, for each D the time against the length."""
+    from utils import COLOURS, new_figure
 
     figure, (axes, *panels) = new_figure(1, 1 + len(curves), size=(5.2, 4.4))
     for (num_terms, rows), colour in zip(errors.items(), itertools.cycle(COLOURS), strict=False):
         stds, means, bounds = zip(*rows, strict=True)
-        axes.plot(stds, means, "o-", color=colour, markersize=4.5, label=f"K = {num_terms}")
+        axes.plot(stds, means, "o-", color=colour, markersize=4, label=f"K = {num_terms}")
         axes.plot(stds, bounds, ":", color=colour, linewidth=1.2)
     axes.plot([], [], ":", color="#555555", label="proven bound")
     axes.set(xscale="log", yscale="log", xlabel="standard deviation of the scores q·k", ylabel="relative error of Z")
-    axes.legend(fontsize=8, loc="lower right", ncols=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     times = [ms for curve in curves for point in curve["points"] for ms in point["ms"].values()]
-    for axes, curve in zip(panels, curves, strict=True):
+    for panel, curve in zip(panels, curves, strict=True):
         for name, colour in zip(curve["points"][0]["ms"], ("#000000", *COLOURS), strict=False):
             points = [(p["length"], p["ms"][name]) for p in curve["points"] if name in p["ms"]]
-            axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=colour, label=name)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set(yscale="log", xlabel="length L (tokens)", ylabel="time of a forward pass (ms)")
-        axes.set_ylim(min(times) / 1.5, max(times) * 1.5)  # one scale, so that the panels can be compared
-        axes.set_title(f"D = {curve['dim']}, K = {curve['num_terms']}")
-        axes.legend(fontsize=8)
-    save_figure(figure, folder / "attention")
+            panel.plot(*zip(*points, strict=True), "o-", markersize=4, color=colour, label=name)
+        panel.set_xscale("log", base=4)
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.set(yscale="log", xlabel="length L (tokens)", ylabel="time of a forward pass (ms)")
+        panel.set_ylim(min(times) / 1.5, max(times) * 1.5)  # one scale, so that the panels can be compared
+        panel.set_title(f"D = {curve['dim']}, K = {curve['num_terms']}")
+    if panels:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    for panel in (axes, *panels):
+        panel.yaxis.set_major_formatter("{x:,g}")
+        panel.minorticks_off()
+    return figure
+
+
+def draw(errors: dict[int, list[tuple[float, float, float]]], curves: list[dict], folder: Path) -> None:
+    """`plot` as attention.png and .svg."""
+    from utils import save_figure
+
+    save_figure(plot(errors, curves), folder / "attention")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -739,7 +739,7 @@ def draw_run(record: dict, folder: Path, prefix: str = "") -> None:
     plot_confusion(record, folder / f"{prefix}confusion")
 
 
-def draw_grid(grid: dict, folder: Path, path: Path) -> None:
+def plot_grid(grid: dict, folder: Path):
     """Compare a grid's settings: curves as mean and range over the seeds, test scores as a mark a seed.
 
     The records of the runs lie in `folder`.
@@ -750,10 +750,10 @@ def draw_grid(grid: dict, folder: Path, path: Path) -> None:
     for i, row in enumerate(grid["settings"]):
         records = [runs.read_json(folder / name) for name in row["runs"]]  # none where every seed diverged
         strided, colour = row["network"] == "no_maxpool", utils.COLOURS[i]
-        ticks.append(f"{'no max-pool' if strided else 'max-pool' if records else 'diverged'}\n{row['learning_rate']:g}")
+        ticks.append(f"{row['learning_rate']:g}\n{'no max-pool' if strided else '' if records else 'diverged'}")
         for axes, name in ((loss_axes, "train_loss"), (accuracy_axes, "val_accuracy")) if records else ():
             curves = np.array([[e[name] for e in r["history"]] for r in records])
-            label = ticks[-1].replace("\n", ", rate ")
+            label = f"{'no max-pool' if strided else 'max-pool'}, rate {row['learning_rate']:g}"
             epochs = np.arange(1, curves.shape[1] + 1)
             axes.plot(epochs, curves.mean(axis=0), "--" if strided else "-", color=colour, label=label)
             axes.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
@@ -762,14 +762,18 @@ def draw_grid(grid: dict, folder: Path, path: Path) -> None:
             test_axes.plot([i + shift] * len(values), values, marker, color=colour, markerfacecolor=face, label=label)
     loss_axes.set(title="Training loss", xlabel="epoch", ylabel="negative log-likelihood [nats]")
     accuracy_axes.set(title="Validation accuracy", xlabel="epoch", ylabel="fraction correct")
-    test_axes.set(title="Test split, a mark a seed", xlabel="network and learning rate", ylabel="fraction correct")
+    test_axes.set(title="Test split, a mark a seed", xlabel="learning rate", ylabel="fraction correct")
     test_axes.set_xticks(range(len(ticks)), ticks)
-    test_axes.margins(y=0.2)  # room for the legend above the marks
-    test_axes.legend(loc="upper right", fontsize=9)
-    loss_axes.legend(fontsize=9)
+    shown = [axes.get_legend_handles_labels() for axes in (loss_axes, test_axes)]
+    figure.legend(*map(sum, zip(*shown, strict=True), ([], [])), loc="outside lower center", ncols=3)
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    utils.save_figure(figure, path)
+    return figure
+
+
+def draw_grid(grid: dict, folder: Path, path: Path) -> None:
+    """`plot_grid` as `path`.png and .svg."""
+    utils.save_figure(plot_grid(grid, folder), path)
 
 
 def draw(record_path: Path, folder: Path) -> None:

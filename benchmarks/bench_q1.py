@@ -398,7 +398,7 @@ def measure_curves(lengths: list[int], error_length: int, seeds: list[int], roun
     return record
 
 
-def draw(record: dict, folder: Path) -> None:
+def plot(record: dict):
     """The script's figure, from a record of the curves."""
     errors = {
         num_terms: [
@@ -408,7 +408,12 @@ def draw(record: dict, folder: Path) -> None:
         ]
         for num_terms in record["errors"]["points"][0]["terms"]
     }
-    q1.draw(errors, record["costs"], folder)
+    return q1.plot(errors, record["costs"])
+
+
+def draw(record: dict, folder: Path) -> None:
+    """`plot` as attention.png and .svg."""
+    utils.save_figure(plot(record), folder / "attention")
 
 
 # ---------------------------------------------------------------------------------------------------

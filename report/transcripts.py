@@ -6,52 +6,36 @@ python report/transcripts.py       write results/q3/analysis.json, in seconds; t
 import json
 import sys
 from collections import Counter
-from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-from rapidfuzz.distance import Levenshtein
-from scipy.stats import pearsonr, spearmanr
+RESULTS = Path(__file__).parents[1] / "results" / "q3"
+sys.path.insert(0, str(RESULTS.parents[1]))
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from runs import Parser, mean_and_std, run_environment, summarise, write_json
+from runs import Parser, mean_and_std, read_json, run_environment, summarise, write_json
 
 if __name__ == "__main__":
     Parser(__doc__).parse_args()  # -h is answered now: the notebook takes seconds to import
 
+import numpy as np
+import pandas as pd
+from rapidfuzz.distance import Levenshtein
+
 from asr import learnt_by_heart, wrong_stretches
 from utils import notebook_definitions
 
-OUT = ROOT / "results" / "q3" / "analysis.json"
-nb = notebook_definitions(ROOT / "hw2-q3.ipynb")
-BINS = 5  # groups of equally many sentences, by length
+OUT = RESULTS / "analysis.json"
+nb = notebook_definitions(RESULTS.parents[1] / "hw2-q3.ipynb")
 RUN = 4  # wrong characters side by side that make a run: about a word
+SIMILARITIES = ["jaccard", "cosine", "damerau_levenshtein"]
 Pairs = list[tuple[str, str]]  # what was said, what was written
 
 
-def read_details(folder: Path) -> list[dict]:
-    """The details of the recorded runs, but for those that learnt the clips of their test by heart."""
-    details = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [d for d in details if not learnt_by_heart(d)]
+def pairs_of(run: dict, split: str) -> Pairs:
+    return [(pair["said"], pair["written"]) for pair in run["transcripts"][split].values()]
 
 
-def pairs_of(details: dict, split: str) -> Pairs:
-    return [(pair["said"], pair["written"]) for pair in details["transcripts"][split].values()]
-
-
-def error_by_length(pairs: Pairs) -> list[dict]:
-    """Character error rate of groups of sentences of like length."""
-    ordered = sorted(pairs, key=lambda pair: len(pair[0]))
-    groups = [ordered[part[0] : part[-1] + 1] for part in np.array_split(np.arange(len(ordered)), BINS)]
-    return [
-        {
-            "characters": float(np.mean([len(said) for said, _ in group])),
-            "cer": sum(Levenshtein.distance(*pair) for pair in group) / sum(len(said) for said, _ in group),
-        }
-        for group in groups
-    ]
+def error_rate(pairs: Pairs) -> float:
+    return sum(Levenshtein.distance(*pair) for pair in pairs) / sum(len(said) for said, _ in pairs)
 
 
 def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
@@ -66,10 +50,8 @@ def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
         for source, target in wrong_stretches(said, written):
             if max(len(source), len(target)) < RUN:
                 kind = "misspelt"
-            elif not target:
-                kind = "skipped"
             elif source:
-                kind = "replaced"
+                kind = "replaced" if target else "skipped"
             else:
                 kind = "repeated" if written.count(target) > 1 else "invented"
             counts[kind] += max(len(source), len(target))
@@ -77,24 +59,15 @@ def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
     return {kind: 1000 * count / characters for kind, count in counts.items()}
 
 
-def commonest_share(pairs: Pairs) -> float:
-    """The share of clips for which the most frequent text was written: near 1 where a decoder does not listen."""
-    return max(Counter(written for _, written in pairs).values()) / len(pairs)
-
-
 def describe_decoder(runs: list[dict], split: str) -> dict:
-    """The errors of runs that differ in the seed alone."""
+    """The errors of runs that differ in the seed alone; `commonest`: how many clips got the most frequent text."""
     pairs = [pairs_of(run, split) for run in runs]
-    described = {
-        "seeds": [run["seed"] for run in runs],
-        "commonest": mean_and_std([commonest_share(p) for p in pairs]),
-        "kinds": summarise([kinds_of_errors(p) for p in pairs]),
-        "by_length": [summarise(list(group)) for group in zip(*map(error_by_length, pairs), strict=True)],
-    }
-    fates = [run["new_words"][split] for run in runs]
-    if number := sum(fates[0].values()):
+    commonest = [max(Counter(written for _, written in p).values()) / len(p) for p in pairs]
+    described = {"commonest": mean_and_std(commonest), "kinds": summarise([kinds_of_errors(p) for p in pairs])}
+    if number := sum(runs[0]["new_words"][split].values()):
         described["new_words"] = number
-        described["fates"] = summarise([{fate: n / number for fate, n in f.items()} for f in fates])
+        shares = [{fate: n / number for fate, n in run["new_words"][split].items()} for run in runs]
+        described["fates"] = summarise(shares)
     return described
 
 
@@ -104,87 +77,81 @@ def marked(said: str, written: str) -> list[dict]:
     for operation in Levenshtein.opcodes(said, written):
         source = said[operation.src_start : operation.src_end]
         target = written[operation.dest_start : operation.dest_end]
-        if operation.tag == "equal":
-            pieces.append({"same": source})
-            continue
-        pieces += [{"missed": source}] if source else []
-        pieces += [{"added": target}] if target else []
+        parts = {"same": source} if operation.tag == "equal" else {"missed": source, "added": target}
+        pieces += [{kind: part} for kind, part in parts.items() if part]
     return pieces
 
 
-def examples(runs: dict[str, dict], split: str, number: int = 3) -> list[dict]:
-    """The first sentences of a split that not all decoders wrote right, in the runs of the first seed."""
-    pairs = {decoder: pairs_of(run, split) for decoder, run in runs.items()}
-    together = zip(*pairs.values(), strict=True)
-    wrong = [i for i, of_all in enumerate(together) if any(said != written for said, written in of_all)]
-    return [{decoder: marked(*pairs[decoder][i]) for decoder in pairs} for i in wrong[:number]]
+def examples(runs: dict[str, dict], split: str) -> list[dict]:
+    """The first two sentences of a split that not all decoders wrote right, in the runs of the first seed."""
+    together = zip(*(pairs_of(run, split) for run in runs.values()), strict=True)
+    wrong = [pairs for pairs in together if any(said != written for said, written in pairs)]
+    return [{d: marked(*pair) for d, pair in zip(runs, pairs, strict=True)} for pairs in wrong[:2]]
 
 
-def describe_similarities(details: list[dict]) -> dict:
+def describe_groups(runs: list[dict]) -> list[dict]:
+    """The runs that differ in decoder and seed alone, put together."""
+    groups = {}
+    for run in runs:
+        shared = {"dataset": {key: run["dataset"][key] for key in ("name", "kind")}, "preset": run["config"]["preset"]}
+        shared |= {"changes": run["changes"], "pretrained": run["pretrained"]}
+        groups.setdefault(json.dumps(shared), {}).setdefault(run["config"]["decoder"], []).append(run)
+    described = []
+    for shared, decoders in groups.items():
+        splits, first = next(iter(decoders.values()))[0]["transcripts"], {d: runs[0] for d, runs in decoders.items()}
+        by_split = {s: {d: describe_decoder(same, s) for d, same in decoders.items()} for s in splits}
+        told = {split: examples(first, split) for split in splits}
+        described.append(json.loads(shared) | {"splits": by_split, "examples": told})
+    return described
+
+
+def describe_real(runs: list[dict]) -> dict | None:
+    """The clips of real speech of lowest, median and highest error rate, in the best run that was adapted to them."""
+    adapted = [run for run in runs if run["pretrained"]]
+    if not adapted:
+        return None
+    best = min(adapted, key=lambda run: error_rate(pairs_of(run, "test")))
+    pairs = sorted(pairs_of(best, "test"), key=lambda pair: (error_rate([pair]), pair))
+    chosen = {"lowest": pairs[0], "median": pairs[(len(pairs) - 1) // 2], "highest": pairs[-1]}
+    clips = [{"cer": kind, "said": p[0], "written": p[1], "rate": error_rate([p])} for kind, p in chosen.items()]
+    return {"decoder": best["config"]["decoder"], "dataset": best["dataset"]["name"], "clips": clips}
+
+
+def describe_similarities(runs: list[dict]) -> dict:
     """The three similarities where the truth is known, and how they go with the error rate where it is measured."""
-    rng = np.random.default_rng(0)
-    names = ("jaccard", "cosine", "damerau_levenshtein")
-    said = [pair[0] for pair in pairs_of(details[0], "test")]
+    runs = [run for run in runs if run["dataset"]["name"] == "spoken corpus" and not run["changes"]]
+    rng, said = np.random.default_rng(0), [pair[0] for pair in pairs_of(runs[0], "test")]
     made = {
         "anagram": [(text, "".join(rng.permutation(list(text)))) for text in said],
         "other sentence": list(zip(said, said[1:] + said[:1], strict=True)),
     }
-    writer = {}  # wrong transcript -> the first run that wrote it, of those with a preset's own settings
-    for d in details:
-        for split in [] if d["changes"] else d["transcripts"]:
-            for text, written in pairs_of(d, split):
-                if written and written != text:
-                    writer.setdefault((text, written), f"{d['config']['preset']}, {d['config']['decoder']}")
-    wrong = sorted(writer)
-    scores = [nb.string_similarities(*pair) for pair in wrong]
-    rates = [Levenshtein.distance(*pair) / len(pair[0]) for pair in wrong]
-    correlation = {}
-    for name in names:
-        values = [score[name] for score in scores]
-        correlation[name] = {
-            "pearson": float(pearsonr(values, rates).statistic),
-            "spearman": float(spearmanr(values, rates).statistic),
-        }
-    apart = sorted(range(len(wrong)), key=lambda i: scores[i]["damerau_levenshtein"] - scores[i]["jaccard"])
+
+    def scores(pairs: Pairs) -> pd.DataFrame:
+        return pd.DataFrame([nb.string_similarities(*pair) for pair in pairs])[SIMILARITIES]
+
+    every = {pair for run in runs for split in run["transcripts"] for pair in pairs_of(run, split)}
+    wrong = sorted((said, written) for said, written in every if written and written != said)
+    found = scores(wrong).assign(cer=[error_rate([pair]) for pair in wrong])
+    correlation = pd.DataFrame({way: found.corr(way)["cer"] for way in ("pearson", "spearman")}).loc[SIMILARITIES]
+    apart = found.assign(said=[p[0] for p in wrong], written=[p[1] for p in wrong])
+    apart["gap"] = apart["damerau_levenshtein"] - apart["jaccard"]
     return {
-        "made": {
-            kind: {name: mean_and_std([nb.string_similarities(*p)[name] for p in pairs]) for name in names}
-            for kind, pairs in made.items()
-        },
+        "made": {kind: scores(pairs).agg(["mean", "std"]).to_dict() for kind, pairs in made.items()},
         "sentences": len(said),
-        "sentences_of": details[0]["dataset"]["name"],
         "wrong_transcripts": len(wrong),
-        "correlation_with_character_error_rate": correlation,
-        "farthest_apart": [
-            {"said": wrong[i][0], "written": wrong[i][1], "by": writer[wrong[i]], **scores[i]} for i in apart[:3]
-        ],
+        "correlation_with_character_error_rate": correlation.to_dict("index"),
+        "farthest_apart": apart.sort_values("gap", kind="stable").drop(columns=["gap", "cer"])[:2].to_dict("records"),
     }
 
 
 def main() -> int:
-    details = read_details(ROOT / "results" / "q3" / "details")
-
-    def shared(d: dict) -> tuple[str, str, str]:
-        return d["dataset"]["name"], d["config"]["preset"], json.dumps(d["changes"], sort_keys=True)
-
-    groups = []
-    for (dataset, preset, changes), members in groupby(sorted(details, key=shared), shared):
-        members = list(members)
-        by_decoder = {}
-        for member in sorted(members, key=lambda d: (d["config"]["decoder"], d["seed"])):
-            by_decoder.setdefault(member["config"]["decoder"], []).append(member)
-        splits = members[0]["transcripts"]
-        groups.append(
-            {
-                "dataset": {"name": dataset, "kind": members[0]["dataset"]["kind"]},
-                "preset": preset,
-                "changes": json.loads(changes),
-                "splits": {s: {d: describe_decoder(runs, s) for d, runs in by_decoder.items()} for s in splits},
-                "examples": {s: examples({d: runs[0] for d, runs in by_decoder.items()}, s) for s in splits},
-            }
-        )
-    record = {**run_environment(), "groups": groups, "similarities": describe_similarities(details)}
-    write_json(OUT, record)
+    runs = []
+    for path in sorted((RESULTS / "details").glob("*.json")):
+        pretrained = read_json(RESULTS / path.name).get("pretrained")
+        runs.append(read_json(path) | {"pretrained": pretrained and pretrained["dataset"]["name"]})
+    runs = sorted((r for r in runs if not learnt_by_heart(r)), key=lambda r: (r["config"]["decoder"], r["seed"]))
+    found = {"groups": describe_groups(runs), "real": describe_real(runs), "similarities": describe_similarities(runs)}
+    write_json(OUT, run_environment() | found)
     return 0
 
 

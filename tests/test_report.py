@@ -33,9 +33,9 @@ def test_a_report_that_is_not_current_is_noticed(tmp_path, monkeypatch, capsys):
     assert "make report" in capsys.readouterr().err
 
 
-def test_the_report_has_eight_to_fourteen_pages():
+def test_the_report_has_twelve_to_eighteen_pages():
     pages = re.findall(rb"/Type\s*/Page\b(?!s)", (ROOT / "report" / "report.pdf").read_bytes())
-    assert 8 <= len(pages) <= 14
+    assert 12 <= len(pages) <= 18
 
 
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
@@ -92,7 +92,7 @@ def test_the_analysis_is_what_the_transcripts_give(tmp_path, monkeypatch):
     monkeypatch.setattr(transcripts, "OUT", tmp_path / "analysis.json")
     transcripts.main()
     made = json.loads((tmp_path / "analysis.json").read_text())
-    for key in ("groups", "similarities"):
+    for key in ("groups", "real", "similarities"):
         assert_alike(json.dumps(made[key]), json.dumps(recorded[key]), key, 1e-9)
 
 
@@ -121,8 +121,25 @@ def test_marked_transcripts_hold_both_texts():
     assert transcripts.marked("same", "same") == [{"same": "same"}]
 
 
-def test_groups_by_length_hold_every_sentence_once():
-    pairs = [("a" * n, "a" * (n - 1)) for n in range(20, 1, -1)]
-    groups = transcripts.error_by_length(pairs)
-    assert [group["characters"] for group in groups] == [3.5, 7.5, 11.5, 15.5, 19]  # 19 sentences: 4, 4, 4, 4 and 3
-    assert groups[-1]["cer"] == pytest.approx(3 / (18 + 19 + 20))
+def test_real_clips_are_chosen_by_their_error_rate_in_the_best_adapted_run():
+    def run(decoder, pretrained, *written):
+        texts = {str(i): {"said": "abcd", "written": text} for i, text in enumerate(written)}
+        made = {"dataset": {"name": "real"}, "config": {"decoder": decoder}, "pretrained": pretrained}
+        return made | {"transcripts": {"test": texts}}
+
+    worse, alone = run("lstm", "spoken", "", "", "", "a"), run("lstm", None, *["abcd"] * 4)
+    better = run("transformer", "spoken", "ab", "xyz?", "abcd", "abc")
+    assert transcripts.describe_real([alone]) is None
+    found = transcripts.describe_real([worse, alone, better])
+    assert found["decoder"] == "transformer"
+    chosen = [(clip["cer"], clip["written"], clip["rate"]) for clip in found["clips"]]
+    assert chosen == [("lowest", "abcd", 0), ("median", "abc", 0.25), ("highest", "xyz?", 1)]
+
+
+@pytest.mark.parametrize("program", ["figures", "pooling", "readme", "report", "transcripts"])
+@pytest.mark.parametrize(("argument", "status"), [("-h", 0), ("--no-such-thing", 2)])
+def test_every_program_answers_h_and_refuses_unknown_arguments(program, argument, status):
+    command = [sys.executable, ROOT / "report" / f"{program}.py", argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert f"{program}.py" in done.stdout if status == 0 else len(done.stderr.strip().splitlines()) == 1
