@@ -293,3 +293,42 @@ def test_an_exported_network_has_half_the_size_and_writes_the_same(learned, mode
         assert nb.transcript_of(clip.path, smaller) == clip.text
     for name, tensor in model.state_dict().items():
         assert torch.allclose(smaller.state_dict()[name], tensor, rtol=2e-3, atol=1e-6), name
+
+
+# ---------------------------------------------------------------------------------------------------
+# The network in weights/
+
+(SHIPPED,) = (ROOT / "weights").glob("q3-*.safetensors")
+
+
+def recorded():
+    """The record of the run that the network in weights/ comes from."""
+    about = run_files.load_weights(SHIPPED)[1]
+    records = [run_files.read_json(path) for path in (ROOT / "results" / "q3").glob("lj-text-*.json")]
+    alike = [r for r in records if r["config"]["decoder"] == about["decoder"] and r["dataset"] == about["dataset"]]
+    (record,) = alike
+    return about, record
+
+
+def test_the_network_in_weights_is_the_better_one_of_its_records():
+    about, record = recorded()
+    assert SHIPPED.stat().st_size < 6e6 and SHIPPED.stem == f"q3-{about['decoder']}"
+    assert about["scores"] == {split: record[split] for split in ("test", "test_real")}
+    assert about["settings"] == {k: record["config"][k] for k in about["settings"]}
+    assert about["dataset"]["kind"] == "spoken" and len(about["dataset"]["unread"]) > 500
+    others = [run_files.read_json(path) for path in (ROOT / "results" / "q3").glob("lj-text-*.json")]
+    assert record["test"]["cer"] == min(other["test"]["cer"] for other in others)
+    tensors, _ = run_files.load_weights(SHIPPED)
+    assert {t.dtype for t in tensors.values() if t.ndim > 1} == {torch.float16}
+
+
+def test_the_recording_in_examples_is_written_as_recorded():
+    about, record = recorded()
+    done = transcribe(ROOT / "examples" / "LJ050-0270.wav")
+    assert done.returncode == 0 and "SYNTHETIC speech" in done.stderr
+    (name,) = (p.name for p in (ROOT / "results" / "q3").glob(f"lj-text-*-{about['decoder']}-*.json"))
+    details = run_files.read_json(ROOT / "results" / "q3" / "details" / name)
+    pair = details["transcripts"]["test_real"]["LJ050-0270"]
+    assert pair["said"].rstrip(".") in (ROOT / "examples" / "README.md").read_text().lower()
+    # matrices in half precision, and cut at a long pause, which training is not
+    assert nb.score([pair["written"]], [done.stdout.strip()])["cer"] < 0.15
