@@ -323,7 +323,7 @@ def test_the_network_in_weights_is_the_better_one_of_its_records():
 
 
 def test_the_recording_in_examples_is_written_as_recorded():
-    about, record = recorded()
+    about, _ = recorded()
     done = transcribe(ROOT / "examples" / "LJ050-0270.wav")
     assert done.returncode == 0 and "SYNTHETIC speech" in done.stderr
     (name,) = (p.name for p in (ROOT / "results" / "q3").glob(f"lj-text-*-{about['decoder']}-*.json"))
