@@ -134,12 +134,3 @@ def test_real_clips_are_chosen_by_their_error_rate_in_the_best_adapted_run():
     assert found["decoder"] == "transformer"
     chosen = [(clip["cer"], clip["written"], clip["rate"]) for clip in found["clips"]]
     assert chosen == [("lowest", "abcd", 0), ("median", "abc", 0.25), ("highest", "xyz?", 1)]
-
-
-@pytest.mark.parametrize("program", ["figures", "pooling", "readme", "report", "transcripts"])
-@pytest.mark.parametrize(("argument", "status"), [("-h", 0), ("--no-such-thing", 2)])
-def test_every_program_answers_h_and_refuses_unknown_arguments(program, argument, status):
-    command = [sys.executable, ROOT / "report" / f"{program}.py", argument]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == status
-    assert f"{program}.py" in done.stdout if status == 0 else len(done.stderr.strip().splitlines()) == 1
