@@ -873,7 +873,8 @@ def cached_features(corpus: SpeechCorpus, extract: Extract, settings: dict, data
     printed and left out. Raises InputError if a split has none left.
     """
     data_dir, folder = Path(data_dir), corpus.folder.resolve()
-    digest = json_checksum([str(folder), corpus.name, settings])[:12]
+    folders = {clip.path.parents[1] for clips in corpus.splits.values() for clip in clips}  # of a mixture, several
+    digest = json_checksum([*sorted(str(part.resolve()) for part in folders), settings])[:12]
     path = data_dir / f"features-{folder.name[:40]}-{digest}.f16"
     audio = [(split, clip.row, clip.sha256) for split, clips in corpus.splits.items() for clip in clips]
     source = json_checksum([settings, corpus.sample_rate, audio])

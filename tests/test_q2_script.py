@@ -241,9 +241,9 @@ def test_a_second_process_does_not_train_the_same_run(call_main, small_npz, tmp_
     out = tmp_path / "run"
     assert call_main("-data", small_npz, "-out", out, *QUICK)[0] == 0
     (out / "record.json").unlink()
-    (out / ".last.pt.1.part").write_bytes(b"being written")
-    before = tree(out)
     with runs.lock_folder(out):
+        (out / ".last.pt.1.part").write_bytes(b"being written")
+        before = tree(out)
         status, _, err = call_main("-data", small_npz, "-out", out, *QUICK, "-resume")
     assert status == 2 and str(out) in err and "another process" in err and err.count("\n") == 1
     assert tree(out) == before
