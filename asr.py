@@ -128,16 +128,18 @@ class SpeechRun:
         del settings["attention_window"]
         dataset = self.cache.corpus.description
         identity = {"decoder": self.decoder, "settings": settings, "seed": self.seed, "dataset": dataset}
-        return identity | ({"pretrained": self.pretrained_on} if self.pretrained else {})
+        return identity | self.origin
 
     @cached_property
-    def pretrained_on(self) -> dict:
-        """The weights to start from: the file, its checksum, and what it was trained on. Raises InputError."""
+    def origin(self) -> dict:
+        """The entry `pretrained`, if there is one: the file, its checksum, and its training data. Raises InputError."""
+        if self.pretrained is None:
+            return {}
         _, about = load_weights(self.pretrained)
         with reading(self.pretrained, "a network of this notebook"):
             dataset = {key: about["dataset"][key] for key in ("name", "kind", "sha256")}
         digest = hashlib.sha256(self.pretrained.read_bytes()).hexdigest()
-        return {"file": self.pretrained.name, "sha256": digest, "dataset": dataset}
+        return {"pretrained": {"file": self.pretrained.name, "sha256": digest, "dataset": dataset}}
 
     @property
     def folder(self) -> Path:
@@ -245,7 +247,7 @@ class SpeechRun:
             "config": {"preset": self.preset, "decoder": self.decoder, **asdict(self.settings)},
             "changes": self.changes,
             "dataset": self.cache.corpus.description,
-            **({"pretrained": self.pretrained_on} if self.pretrained else {}),
+            **self.origin,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "history": history,
             "val": history[-1]["val"],
@@ -260,7 +262,7 @@ class SpeechRun:
             "decoder": self.decoder,
             "settings": asdict(self.settings),
             "dataset": record["dataset"],
-            **({"pretrained": self.pretrained_on} if self.pretrained else {}),
+            **self.origin,
             "scores": {split: record[split] for split in scored},
             "heard": what_was_heard(clips, self.cache.corpus.sample_rate),
         }
@@ -506,9 +508,10 @@ def longest_pause(samples: np.ndarray, rate: int) -> float:
 
 
 def what_was_heard(clips: list, rate: int) -> dict[str, float]:
-    """What a network that is trained on `clips` knows of recordings; of 200 clips where there are more.
+    """What a network that is trained on `clips` knows of recordings.
 
     The longest clip and the longest pause within one, in seconds; the loudness (root mean square) of the median clip.
+    Of many clips every n-th is read, at least 200.
     """
     some = [read_wav(clip.path, rate)[0] for clip in clips[:: max(1, len(clips) // 200)]]
     return {

@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from runs import InputError, Parser, one_line, run_script
+from runs import InputError, Parser, load_weights, one_line, run_script, save_weights
 
 HERE = Path(__file__).parent
 BEST = "lstm"  # the better decoder of those in results/q3; its network is in weights/, made by `make weights`
@@ -47,10 +47,8 @@ def say(*words) -> None:
 
 def export(weights: Path, path: Path) -> None:
     """Write a network with its matrices in float16. Raises InputError if it is damaged."""
-    import runs
-
-    tensors, about = runs.load_weights(weights)
-    runs.save_weights(path, {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}, about)
+    tensors, about = load_weights(weights)
+    save_weights(path, {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}, about)
     say(f"{path}: {path.stat().st_size:,} bytes")
 
 

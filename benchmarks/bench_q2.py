@@ -126,7 +126,6 @@ def epoch_of(way: str, *arguments, **options) -> Callable[[], float]:
 
 def device_loops(device: str, num_scans: int, rounds: int) -> dict:
     """Steps a second of three loops in turns. Without dropout, all of them and ours on the CPU must agree in losses."""
-    torch.backends.cudnn.allow_tf32 = False  # as in hw2-q2.py
     images, labels = draw_scans(num_scans)
     costs = device_costs({way: epoch_of(way, images, labels, device) for way in WAYS}, rounds)
     losses, steps = {}, -(-len(labels) // BATCH_SIZE)
@@ -142,7 +141,6 @@ def device_loops(device: str, num_scans: int, rounds: int) -> dict:
 
 def timed_run(device: str, num_scans: int, left: Callable[[], float], leave_out: Callable[[str], None]) -> dict:
     """The homework's 15 epochs, or those for which `left()` seconds are enough; what is missing is told."""
-    torch.backends.cudnn.allow_tf32 = False  # as in hw2-q2.py
     loop, losses, seconds, mib = OurLoop(*draw_scans(num_scans), device), [], [], []
     while len(losses) < loop.config.epochs and (not seconds or left() > seconds[-1]):
         seconds.append(call_ms(lambda: losses.append(loop.epoch())) / 1e3)

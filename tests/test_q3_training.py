@@ -909,7 +909,7 @@ def test_training_goes_on_from_pretrained_weights(whole, folder, tmp_path, monke
         assert torch.equal(nb.new_model(run).state_dict()[name], value)
     train(run)
     record, about = run.record(), run_files.load_weights(run.folder / "model.safetensors")[1]
-    assert record["pretrained"] == about["pretrained"] == run.pretrained_on
+    assert record["pretrained"] == about["pretrained"] == run.origin["pretrained"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert record["pretrained"]["sha256"] == digest and record["pretrained"]["dataset"]["name"] == "tones"
     fresh = make_run(other, tmp_path / "runs", whole.decoder, epochs=1)
