@@ -79,9 +79,8 @@ def run(args: argparse.Namespace) -> None:
     given, result = read_parameters(args), args.out / NOTEBOOK.name
     args.out.mkdir(parents=True, exist_ok=True)
     options = {"kernel_name": "python3", "progress_bar": False, "cwd": NOTEBOOK.parent, "stdout_file": sys.stdout}
-    options["extra_arguments"] = [
-        "--log-level=CRITICAL"
-    ]  # a kernel that shuts down complains of children that just ended
+    # Of the kernel: while it shuts down, it may complain of child processes that have just ended.
+    options["extra_arguments"] = ["--log-level=CRITICAL"]
     try:
         notebook = papermill.execute_notebook(NOTEBOOK, result, given, **options)
     except PapermillExecutionError as error:
