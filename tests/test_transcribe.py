@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from rapidfuzz.distance import Levenshtein
+from scipy import signal
 from test_q3_models import RATE, STOP_BIAS, nb, network, talkative
 from test_q3_training import BY_HEART, DETERMINED, features, make_run, make_tones, small, train
 
@@ -41,6 +43,12 @@ def learned(folder, tmp_path_factory):
 @pytest.fixture
 def model(learned):
     return nb.load_model(learned.folder / "model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def trusting(monkeypatch):
+    """Untrained networks are asked as well, whose decoder and CTC never agree."""
+    monkeypatch.setattr(nb, "MIN_AGREEMENT", 0.0)
 
 
 def listening(model, longest_clip=10.0, longest_pause=0.3):
@@ -200,6 +208,46 @@ def test_a_recording_that_cannot_be_transcribed_is_named_in_one_line(tmp_path, k
         nb.transcript_of(path, listening(talkative("lstm", 3.0)))
     message = str(error.value)
     assert message.startswith(str(path)) and reason in message and "\n" not in message
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return nb.load_model(ROOT / "weights" / "q3-lstm.safetensors")
+
+
+def hum(seconds: float) -> np.ndarray:
+    time = np.arange(seconds * RATE) / RATE
+    return 0.2 * np.sin(2 * np.pi * 50 * time) + 0.1 * np.sin(2 * np.pi * 150 * time)
+
+
+NOISES = {
+    "white": lambda rng: 0.1 * rng.standard_normal(4 * RATE),
+    "faint": lambda rng: 0.001 * rng.standard_normal(4 * RATE),
+    "brown": lambda rng: signal.lfilter([0.01], [1, -0.99], rng.standard_normal(4 * RATE)),
+    "bursts": lambda rng: 0.2 * rng.standard_normal(4 * RATE) * (np.arange(4 * RATE) // (RATE // 3) % 2),
+    "hum": lambda rng: hum(4.0),
+    "chord": lambda rng: sum(signal.sawtooth(2 * np.pi * f * np.arange(4 * RATE) / RATE) for f in (262, 330, 392)) / 9,
+    "clicks": lambda rng: 0.8 * (rng.random(4 * RATE) < 5 / RATE),
+}
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_noise_is_given_no_sentence(shipped, tmp_path, kind, monkeypatch):
+    monkeypatch.undo()
+    soundfile.write(tmp_path / "noise.wav", NOISES[kind](np.random.default_rng(5)), RATE)
+    with pytest.raises(InputError, match=r"noise\.wav: (noise, or a voice|nothing but)"):
+        nb.transcript_of(tmp_path / "noise.wav", shipped)
+
+
+def test_what_is_clear_beside_noise_keeps_its_text(shipped, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    speech, _ = utils.read_wav(ROOT / "examples" / "LJ050-0270.wav", RATE)
+    alone = nb.transcript_of(ROOT / "examples" / "LJ050-0270.wav", shipped)
+    pause = np.zeros(2 * RATE)
+    soundfile.write(tmp_path / "both.wav", np.concatenate([hum(4.0), pause, speech, pause, hum(3.0), pause]), RATE)
+    text = nb.transcript_of(tmp_path / "both.wav", shipped)
+    assert re.fullmatch(r"\[unclear\] .{40,} \[unclear\]", text)
+    assert Levenshtein.normalized_similarity(text.replace("[unclear]", "").strip(), alone) > 0.6
 
 
 def test_half_a_file_is_said_to_be_half_a_file(learned, model, tmp_path):
