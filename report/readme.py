@@ -208,6 +208,9 @@ def q3_groups() -> dict[str, list[dict]]:
     for row in rows:
         name, first = (re.sub(r", tested on [^,]+", "", row[key] or "") for key in ("dataset", "pretrained"))
         row["data"] = f"{first}, then {name}" if first else name
+        if first == name:
+            row["data"] = f"{name}, and once more"
+        row["adapted"] = bool(first) and row["kind"] == "real"
         row["real"] = not row["by_heart"] and (row["split"] == "test_real" or row["kind"] == "real")
         row["links"] = "\u00a0".join(link(f"{s}", f"q3/{f}") for s, f in zip(row["seeds"], row["files"], strict=True))
         tested = f"{SPEECH['real' if row['real'] else row['kind']]}, {row['clips']:,} clips"
@@ -219,7 +222,7 @@ def q3_groups() -> dict[str, list[dict]]:
     def place(row: dict) -> tuple:
         group = row["by_heart"], row["real"], row["dataset"] != "spoken corpus", SPLITS.index(row["split"])
         if row["real"]:
-            group = (*group[:2], bool(row["pretrained"]), row["kind"] != "real", row["data"])
+            group = (*group[:2], row["adapted"], row["kind"] != "real", row["data"])
         return *group, row["preset"] != "improved", len(row["changes"]), str(row["changes"]), row["decoder"]
 
     groups = {}
@@ -248,7 +251,7 @@ def q3_result() -> list[str]:
     for group, rows in q3_groups().items():
         if rows[0]["real"]:
             found.append(pair([row for row in rows if row["data"] == rows[-1]["data"]]))
-            adapted = ", once adapted to it," * bool(rows[-1]["pretrained"])
+            adapted = ", once adapted to it," * rows[-1]["adapted"]
             result, data = f"{result}; on a person's voice{adapted} {errors(found[-1])}", f"{data}; {group}"
     return [result, data, "; ".join(f"{DECODERS[row['decoder']]} {row['links']}" for rows in found for row in rows)]
 

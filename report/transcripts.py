@@ -107,7 +107,7 @@ def describe_groups(runs: list[dict]) -> list[dict]:
 
 def describe_real(runs: list[dict]) -> dict | None:
     """The clips of real speech of lowest, median and highest error rate, in the best run that was adapted to them."""
-    adapted = [run for run in runs if run["pretrained"]]
+    adapted = [run for run in runs if run["pretrained"] and run["dataset"]["kind"] == "real"]
     if not adapted:
         return None
     best = min(adapted, key=lambda run: error_rate(pairs_of(run, "test")))
