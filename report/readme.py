@@ -55,9 +55,9 @@ def table(head: str, rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|---" * (head.count(", ") + 1) + "|", *lines[1:]]).replace(" ± ", "\u00a0±\u00a0")
 
 
-def from_first(value: float, firsts: dict, key: str) -> str:
+def from_first(value: float, firsts: dict, key: str, digits: int = 3) -> str:
     """The difference from the first value that came with the same key."""
-    return f"{value - firsts[key]:+.3f}" if key in firsts else firsts.update({key: value}) or "baseline"
+    return f"{value - firsts[key]:+.{digits}f}" if key in firsts else firsts.update({key: value}) or "baseline"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -316,6 +316,17 @@ def q3_decoding() -> str:
     return table(", ".join(["tested on", "decoder", "tried", *(way.replace(", ", " ") for way in ways)]), body)
 
 
+def q3_voices() -> str:
+    """What each variation of the voice is worth on real clips, by the error rate of CTC in points."""
+    rows, firsts = [], {}
+    for variant in read("q3/voices.json")["variants"]:
+        real, own = variant["test_real"], variant["test"]
+        rates = [f"{100 * split[key]:.1f}" for split in (own, real) for key in ("cer", "cer_by_ctc")]
+        change = from_first(100 * real["cer_by_ctc"], firsts, "real", 1)
+        rows.append([variant["variant"], *rates, change])
+    return table("training voices, own voice, own voice by CTC, real, real by CTC, difference", rows)
+
+
 def q3_counts() -> str:
     rows, splits = {}, ("train", "val", *SPLITS)
     for row in (row for rows in q3_groups().values() for row in rows if not row["by_heart"]):
@@ -406,7 +417,7 @@ PAGES = {
     },
     "results/README.md": {
         "q1-time": q1_time, "q1-errors": q1_errors, "q2-grids": q2_grids, "q2-transfer": q2_transfer,
-        "q2-counts": q2_counts, "q3-scores": q3_scores, "q3-decoding": q3_decoding,
+        "q2-counts": q2_counts, "q3-scores": q3_scores, "q3-decoding": q3_decoding, "q3-voices": q3_voices,
         "q3-counts": q3_counts, "benchmarks": benchmarks, "gpu": gpu_table, "records": records,
     },
 }  # fmt: skip
