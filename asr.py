@@ -639,7 +639,7 @@ def mark_words(reference: str, hypothesis: str) -> str:
 
 
 SCORES = {  # of a table, with their headings and formats
-    "loss": ("loss (nats a token)", "{:.3f}"),
+    "loss": ("loss (nats per token)", "{:.3f}"),
     "jaccard": ("Jaccard", "{:.3f}"),
     "cosine": ("cosine", "{:.3f}"),
     "damerau_levenshtein": ("Damerau-Levenshtein", "{:.3f}"),
@@ -752,7 +752,7 @@ def plot_alignments(
     seconds: float,
     title: str,
 ) -> Figure:
-    """Cross-attention of each decoder on one clip, side by side: a row a character that it wrote, seconds across.
+    """Cross-attention of each decoder on one clip, side by side: a row per character that it wrote, seconds across.
 
     By decoder: `weights` [characters + 1, positions], the last row for the stop; `texts`, what it wrote; `heard`
     [characters], the seconds at which its CTC layer hears them, or None.

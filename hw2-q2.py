@@ -740,7 +740,7 @@ def draw_run(record: dict, folder: Path, prefix: str = "") -> None:
 
 
 def plot_grid(grid: dict, folder: Path):
-    """Compare a grid's settings: curves as mean and range over the seeds, test scores as a mark a seed.
+    """Compare a grid's settings: curves as mean and range over the seeds, test scores as one mark per seed.
 
     The records of the runs lie in `folder`.
     """
@@ -762,7 +762,7 @@ def plot_grid(grid: dict, folder: Path):
             test_axes.plot([i + shift] * len(values), values, marker, color=colour, markerfacecolor=face, label=label)
     loss_axes.set(title="Training loss", xlabel="epoch", ylabel="negative log-likelihood [nats]")
     accuracy_axes.set(title="Validation accuracy", xlabel="epoch", ylabel="fraction correct")
-    test_axes.set(title="Test split, a mark a seed", xlabel="learning rate", ylabel="fraction correct")
+    test_axes.set(title="Test split, one mark per seed", xlabel="learning rate", ylabel="fraction correct")
     test_axes.set_xticks(range(len(ticks)), ticks)
     shown = [axes.get_legend_handles_labels() for axes in (loss_axes, test_axes)]
     figure.legend(*map(sum, zip(*shown, strict=True), ([], [])), loc="outside lower center", ncols=3)

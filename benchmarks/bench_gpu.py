@@ -186,7 +186,7 @@ def table(record: dict) -> str:
             what = f"1: ms of attention, {curve['dtype']}, {direction}, L = {last['length']:,}"
             rows.append((what, f"{times}; Taylor {bench_q1.curve_crossover(curve)}"))
     if loops := results.get("training_loops"):
-        rows.append(("2: training steps a second", listed(loops["steps_per_second"])))
+        rows.append(("2: training steps per second", listed(loops["steps_per_second"])))
     if stacked := results.get("stacked_networks"):
         rows.append((f"2: the same, {stacked['networks']} networks a step", listed(stacked["steps_per_second"])))
     if whole := results.get("whole_run"):
@@ -195,7 +195,7 @@ def table(record: dict) -> str:
         scores = {device: scores["test_accuracy"] for device, scores in default.items()}
         rows.append(("2: test accuracy of the default run, phantoms", listed(scores, "{:.4f}")))
     for row in (results.get("speech_training") or {"rows": []})["rows"]:
-        what = f"3: seconds of speech trained a second, {row['decoder']}, {row['dtype']}, by clips a step"
+        what = f"3: seconds of speech trained a second, {row['decoder']}, {row['dtype']}, by clips per step"
         rows.append((what, listed(row["speech_seconds_per_second"])))
     if decoding := results.get("speech_decoding"):
         rows.append((f"3: ms to decode {decoding['clips']} clips", listed(decoding["ms"])))

@@ -4,7 +4,7 @@
 
 The plain loop: a float32 TensorDataset, a DataLoader, torch.optim.SGD and loss.item() at each step. Both train
 the homework's network (batch 8, SGD 0.01) on phantoms from the same seed; each round trains one epoch of `steps`
-steps with either loop, in random order. Printed: steps a second, CPU time a step, the ratio of the medians (plain
+steps with either loop, in random order. Printed: steps per second, CPU time a step, the ratio of the medians (plain
 time / our time: above 1 we are faster), whether all parameters are bit for bit the same at the end, and the memory
 of the data. Exit status 1 if they are not the same, or the ratio is below 1.
 """

@@ -5,8 +5,8 @@
 Training, in seconds of speech a second (padding does not count). Ours: the notebook's `train_epoch` with the preset
 `improved`, eight clips of like length a step. The course's way, with the notebook's modules: every clip padded to 20 s
 (2,754 frames) and taken for that long, two convolutions of kernel 3 that shorten it by 2, texts padded to 99 tokens of
-which the pads count in the loss; eight clips a step, for the course's 64 want some 20 GB and take longer a clip. Also
-timed, without a bar: that way at its fastest: two clips a step, and attention without a mask to apply.
+which the pads count in the loss; eight clips per step, for the course's 64 want some 20 GB and take longer a clip. Also
+timed, without a bar: that way at its fastest: two clips per step, and attention without a mask to apply.
 
 Greedy decoding, in seconds for the same clips by the same trained network, whose texts must be the same. Ours:
 `generate`, which keeps what it has computed and stops at the stop. The course's way: audio padded to 20 s (masked, so

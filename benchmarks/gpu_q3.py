@@ -89,7 +89,7 @@ def in_steps(step: Callable, clips: list, size: int) -> list:
 def training_speed(
     speech: Speech, device: str, sizes: list[int], rounds: int, left: Callable, leave_out: Callable
 ) -> dict:
-    """Seconds of speech trained a second, and peak memory, by the number of clips a step."""
+    """Seconds of speech trained a second, and peak memory, by the number of clips per step."""
     clips, rows = [*speech.features][:: max(1, len(speech.features) // 64)][:64], []
     seconds = sum(clip.seconds for clip in clips)
     for decoder in DECODERS:

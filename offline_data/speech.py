@@ -1,6 +1,6 @@
 """A spoken corpus, a stand-in for LJ Speech: sentences of a grammar, or given texts, in a synthetic voice.
 
-    python -m offline_data.speech -out data/spoken                             # 1.4 hours in a minute
+    python -m offline_data.speech -out data/spoken                             # 1.1 hours in a minute
     python -m offline_data.speech -transcripts metadata.csv -out data/lj-text  # LJ Speech's texts, 24 hours: 12 min
 
 The voice is `heart` of hibari-tts (Apache-2.0), a small neural network inside the package: natural in kind, but

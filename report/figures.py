@@ -145,7 +145,7 @@ def q2_pooling() -> Figure:
 
 
 def spoken_runs(decoder: str) -> list[str]:
-    """The names of the records of the preset `improved` on the spoken corpus, one a seed."""
+    """The names of the records of the preset `improved` on the spoken corpus, one per seed."""
     wanted = {"dataset": "spoken corpus", "preset": "improved", "changes": {}, "decoder": decoder}
     rows = asr.summarise_speech_runs(ROOT / "results" / "q3")
     return next(row["files"] for row in rows if wanted.items() <= row.items())
@@ -170,7 +170,7 @@ def q3_alignments() -> Figure:
     weights = {name: np.array(rows) for name, rows in weights.items()}
     seconds = looked["seconds_per_position"].iloc[0] * weights["LSTM"].shape[1]
     figure = asr.plot_alignments(weights, texts, heard, seconds, "")
-    for axes, (name, text) in zip(figure.axes, texts.items(), strict=True):  # small: a tick a word, not a character
+    for axes, (name, text) in zip(figure.axes, texts.items(), strict=True):  # small: a tick per word, not a character
         words = list(re.finditer(r"\S+", text))
         middles = [(word.start() + word.end()) / 2 for word in words]
         axes.set_yticks(

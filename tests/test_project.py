@@ -62,7 +62,7 @@ def test_the_pages_say_what_the_records_say(capsys):
 def test_the_pages_say_what_is_not_recorded(tmp_path):
     script = load_readme_script(tmp_path)
     readme, results = script.fill("README.md"), script.fill("results/README.md")
-    assert section(readme, "results").count("not recorded yet") == 3
+    assert section(readme, "results").count("not recorded yet") == 4
     assert "Not recorded yet: results/q1.json" in section(readme, "q1")
     assert "Nothing here was measured on a GPU" in section(readme, "gpu")
     for name in script.PAGES["results/README.md"]:
@@ -162,8 +162,8 @@ def test_the_records_of_question_3_are_sorted_by_what_they_were_tested_on(with_m
 
 def test_real_speech_stands_on_the_first_screen_and_among_the_ways_to_decode(with_more_records):
     readme, page = with_more_records
-    assert "on a person's voice, once adapted to it, 37.5 with the LSTM" in section(readme, "results")
-    assert "real speech, 52 clips" in section(readme, "results")
+    assert "**Wrong characters in 100:** 37.5 with the LSTM | real speech, 52 clips, after " in section(readme, "results")
+    assert "from 80.0 with the LSTM, to 37.5 with the LSTM" in section(readme, "q3-adapt")
     assert f"{TEXTS}; real speech, 52 clips | LSTM | 7 |" in section(page, "q3-decoding")
     assert section(readme, "transcript").startswith("\n```text\nsaid ")
 

@@ -124,7 +124,7 @@ def test_marked_transcripts_hold_both_texts():
 def test_real_clips_are_chosen_by_their_error_rate_in_the_best_adapted_run():
     def run(decoder, pretrained, *written):
         texts = {str(i): {"said": "abcd", "written": text} for i, text in enumerate(written)}
-        made = {"dataset": {"name": "real"}, "config": {"decoder": decoder}, "pretrained": pretrained}
+        made = {"dataset": {"name": "real", "kind": "real"}, "config": {"decoder": decoder}, "pretrained": pretrained}
         return made | {"transcripts": {"test": texts}}
 
     worse, alone = run("lstm", "spoken", "", "", "", "a"), run("lstm", None, *["abcd"] * 4)
