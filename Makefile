@@ -175,7 +175,7 @@ weights: $(READY)  ## the trained networks in weights/, after q3-lj-text
 
 readme: $(READY)  ## README.md, its picture, and the tables of results/README.md
 	$(BIN)/python report/readme.py
-	$(BIN)/python report/pictures.py
+	$(BIN)/python report/figures.py
 
 report: $(READY)  ## the report's figures, and report/report.pdf
 	$(BIN)/python report/report.py

@@ -37,13 +37,14 @@ from runs import (
     load_checkpoint,
     load_weights,
     lock_folder,
-    mean_and_std,
     one_line,
     read_json,
     reading,
     run_environment,
     save_checkpoint,
     save_weights,
+    spread,
+    summarise_speech_runs,
     write_json,
 )
 from utils import COLOURS, new_figure, read_wav
@@ -411,11 +412,6 @@ def one_epoch(train: Callable, run: SpeechRun, parent: int) -> list[dict]:
 # The records of finished runs
 
 
-def learnt_by_heart(record: dict) -> bool:
-    """Whether a run was scored on the clips it was trained on: no result."""
-    return " memorise " in record["command"]
-
-
 def recorded_table(folder: Path | str, split: str):
     """The runs of `summarise_speech_runs` as a pandas table: of each data set and decoder the baseline first."""
     rows = [row for row in summarise_speech_runs(folder, split) if not row["by_heart"]]
@@ -442,47 +438,6 @@ def recorded_table(folder: Path | str, split: str):
             }
         )
     return pd.DataFrame(table)
-
-
-def spread(value: dict, form: str) -> str:
-    """Mean ± standard deviation, as `mean_and_std` gives them."""
-    return f"{value['mean']:{form}}" + ("" if value["std"] is None else f" ± {value['std']:{form}}")
-
-
-def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]:
-    """The records of `folder`, those that differ in the seed alone put together: a dict a group, by its `title`.
-
-    `scores` holds mean and standard deviation of each score on `split`; `changes` what differs from the preset.
-    """
-    groups = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        record = read_json(path)
-        if split in record and "decoder" in record.get("config", {}):
-            same = record["dataset"]["sha256"], record["config"], record["changes"], record.get("pretrained")
-            shared = json.dumps(same, sort_keys=True)
-            groups.setdefault(shared, []).append((path.name, record))
-    rows = []
-    for runs in groups.values():
-        names, records = zip(*runs, strict=True)
-        first = records[0]
-        scores = [{k: v for k, v in record[split].items() if isinstance(v, float)} for record in records]
-        rows.append(
-            {
-                "dataset": first["dataset"]["name"],
-                "kind": first["dataset"]["kind"],
-                "preset": first["config"]["preset"],
-                "changes": first["changes"],
-                "decoder": first["config"]["decoder"],
-                "seeds": [record["seed"] for record in records],
-                "by_heart": learnt_by_heart(first),
-                "pretrained": first["pretrained"]["dataset"]["name"] if "pretrained" in first else None,
-                "clips": first[split]["clips"],
-                "minutes": mean_and_std([record["seconds"] / 60 for record in records]),
-                "scores": {key: mean_and_std([s[key] for s in scores]) for key in scores[0]},
-                "files": list(names),
-            }
-        )
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -724,19 +679,18 @@ def plot_ctc(
 SIMILARITIES = {"jaccard": "Jaccard", "cosine": "cosine", "damerau_levenshtein": "Damerau-Levenshtein"}
 
 
-def plot_speech_curves(histories: dict[str, list[dict]], title: str) -> Figure:
-    """Loss and the three similarities over the epochs, of all decoders: `histories` by the decoder's name."""
+def plot_speech_curves(histories: dict[str, list[list[dict]]], title: str) -> Figure:
+    """Loss and the three similarities over the epochs, of all decoders: `histories` by the decoder's name.
+
+    Of each there may be several, one a seed: the mean is drawn.
+    """
     figure, (loss, similarity) = new_figure(1, 2, size=(5.4, 3.8))
-    styles = dict(zip(SIMILARITIES, (":", "--", "-"), strict=True))
-    for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
-        epochs = [entry["epoch"] for entry in history]
-        loss.plot(
-            epochs, [e["train"]["loss"] for e in history], color=colour, linestyle="--", label=f"{name}, training"
-        )
-        loss.plot(epochs, [e["val"]["loss"] for e in history], color=colour, label=f"{name}, validation")
-        for key, label in SIMILARITIES.items():
-            values = [entry["val"][key] for entry in history]
-            similarity.plot(epochs, values, color=colour, linestyle=styles[key], label=f"{name}, {label}")
+    for colour, (name, runs) in zip(COLOURS, histories.items(), strict=False):
+        mean = pd.concat(map(pd.json_normalize, runs)).groupby("epoch").mean(numeric_only=True)
+        loss.plot(mean["train.loss"], "--", color=colour, label=f"{name}, training")
+        loss.plot(mean["val.loss"], color=colour, label=f"{name}, validation")
+        for (key, label), style in zip(SIMILARITIES.items(), (":", "--", "-"), strict=True):
+            similarity.plot(mean[f"val.{key}"], style, color=colour, label=f"{name}, {label}")
     loss.set(title=title, xlabel="epoch", ylabel="cross-entropy per token (nats)")
     similarity.set(title="Similarity to the text, validation", xlabel="epoch", ylabel="similarity", ylim=(0, 1.02))
     for axes in (loss, similarity):

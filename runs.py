@@ -375,3 +375,39 @@ def summarise(values: list) -> dict | None:
     if isinstance(values[0], dict):
         return {key: summarise([value[key] for value in values]) for key in values[0]}
     return None if None in values else mean_and_std(values)
+
+
+def spread(value: dict, form: str) -> str:
+    """Mean ± standard deviation, as `mean_and_std` gives them."""
+    return f"{value['mean']:{form}}" + ("" if value["std"] is None else f" ± {value['std']:{form}}")
+
+
+def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]:
+    """The records of question 3 in `folder`: a row for those that differ in the seed alone.
+
+    `scores` holds mean and standard deviation of each score on `split`; `changes` what differs from the preset.
+    """
+    groups = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        record = read_json(path)
+        if split in record and "decoder" in record.get("config", {}):
+            same = record["dataset"]["sha256"], record["config"], record["changes"], record.get("pretrained")
+            groups.setdefault(json.dumps(same, sort_keys=True), {})[path.name] = record
+    return [summarise_seeds([*group], [*group.values()], split) for group in groups.values()]
+
+
+def summarise_seeds(files: list[str], records: list[dict], split: str) -> dict:
+    first = records[0]
+    return {
+        "dataset": first["dataset"]["name"],
+        "kind": first["dataset"]["kind"],
+        **{key: first["config"][key] for key in ("preset", "decoder")},
+        "changes": first["changes"],
+        "by_heart": " memorise " in first["command"],  # scored on the clips it was trained on: no result
+        "pretrained": first["pretrained"]["dataset"]["name"] if "pretrained" in first else None,
+        "clips": first[split]["clips"],
+        "seeds": [record["seed"] for record in records],
+        "files": files,
+        "minutes": mean_and_std([record["seconds"] / 60 for record in records]),
+        "scores": summarise([{k: v for k, v in r[split].items() if isinstance(v, float)} for r in records]),
+    }

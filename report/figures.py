@@ -1,6 +1,6 @@
-"""Draw the report's figures from the records under results/, in the report's typeface and at their true size.
+"""Draw the figures of report and README.md from the records under results/.
 
-python report/figures.py           report/figures/report/*.svg
+python report/figures.py           report/figures/report/*.svg, at their true size, and report/figures/overview.png
 
 What README.md or the notebook shows, too, is drawn by the same functions. Text stays text in these SVG files: Typst
 sets it in the report's own font. Matplotlib measures it with Computer Modern, from which that font descends.
@@ -18,7 +18,7 @@ from unittest import mock
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = str(ROOT), str(ROOT / "benchmarks")
 
-from runs import Parser, read_json, write_whole
+from runs import Parser, read_json, summarise_speech_runs, write_whole
 
 if __name__ == "__main__":
     Parser(__doc__).parse_args()  # -h and mistakes are answered now: PyTorch takes seconds to import
@@ -27,15 +27,17 @@ import bench_q1
 import matplotlib
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
 import asr
 import utils
 from offline_data.phantoms import oct_phantoms
 
 hw2_q2 = importlib.import_module("hw2-q2")
-FOLDER = ROOT / "report" / "figures" / "report"
+FOLDER, OVERVIEW = (ROOT / "report" / "figures" / name for name in ("report", "overview.png"))
 WIDTH = 6.4  # inches: the width of the report's text
 MEASURED, SET = "cmr10", "New Computer Modern"
 STYLE = {
@@ -53,13 +55,18 @@ STYLE = {
     "svg.fonttype": "none",
 }
 DECODERS = {"lstm": "LSTM", "transformer": "transformer"}
-SPLITS = ("train", "val")
-CLASSES = ("CNV", "DME", "drusen", "normal")
 GUIDE = {"color": "#8c8c8c", "linewidth": 0.7, "dashes": (5, 3)}
 
 
 def read(path: str) -> dict:
     return read_json(ROOT / "results" / path)
+
+
+def draw_costs(axes, curve: dict, quantity: str, colours: dict[str, str]) -> None:
+    """Milliseconds ("ms") or memory ("mib") against the length, by the ways to compute attention."""
+    for name, colour in colours.items():
+        points = [(p["length"], p[quantity][name]) for p in curve["points"] if name in p[quantity]]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -70,9 +77,7 @@ def q1_memory_and_crossover() -> Figure:
     """Memory against the length, and the lengths from which features are faster against the number of features."""
     curve, methods = read("q1.json")["costs"][-1], pd.DataFrame(read("q1-bench.json")["methods"])
     figure, (memory, crossover) = utils.new_figure(1, 2)
-    for name, colour in zip(curve["points"][0]["mib"], ("#000000", *utils.COLOURS), strict=False):
-        points = [(p["length"], p["mib"][name]) for p in curve["points"] if name in p["mib"]]
-        memory.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+    draw_costs(memory, curve, "mib", dict(zip(curve["points"][0]["mib"], ("#000000", *utils.COLOURS), strict=False)))
     memory.set_xscale("log", base=4)
     memory.set(yscale="log", xlabel="length L (tokens)", ylabel="memory (MiB)")
     figure.legend(loc="outside upper center", ncols=4)
@@ -98,16 +103,19 @@ def q1_memory_and_crossover() -> Figure:
 # Question 2
 
 
-def q2_phantoms() -> Figure:
+def test_phantoms(number: int) -> np.ndarray:
+    """The first `number` of each class, uint8 [4 * number, 28, 28]."""
     phantoms = oct_phantoms(0, 0)  # the test split alone: it does not depend on the sizes of the others
     labels = phantoms["test_labels"].ravel()
+    return phantoms["test_images"][np.concatenate([np.flatnonzero(labels == c)[:number] for c in range(4)])]
+
+
+def q2_phantoms() -> Figure:
     figure, every = utils.new_figure(1, 8)
-    for i, axes in enumerate(every):
-        label, number = divmod(i, 2)
-        image = phantoms["test_images"][np.flatnonzero(labels == label)[number]]
+    for i, (axes, image) in enumerate(zip(every, test_phantoms(2), strict=True)):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="none")
         axes.set_axis_off()
-        axes.set_title(CLASSES[label])
+        axes.set_title(hw2_q2.SHORT_NAMES[i // 2])
     return figure
 
 
@@ -147,20 +155,16 @@ def q2_pooling() -> Figure:
 def spoken_runs(decoder: str) -> list[str]:
     """The names of the records of the preset `improved` on the spoken corpus, one per seed."""
     wanted = {"dataset": "spoken corpus", "preset": "improved", "changes": {}, "decoder": decoder}
-    rows = asr.summarise_speech_runs(ROOT / "results" / "q3")
+    rows = summarise_speech_runs(ROOT / "results" / "q3")
     return next(row["files"] for row in rows if wanted.items() <= row.items())
 
 
+def q3_histories() -> dict[str, list[list[dict]]]:
+    return {name: [read(f"q3/{file}")["history"] for file in spoken_runs(d)] for d, name in DECODERS.items()}
+
+
 def q3_curves() -> Figure:
-    histories = {}
-    for decoder, name in DECODERS.items():
-        seeds = [pd.json_normalize(read(f"q3/{file}")["history"]) for file in spoken_runs(decoder)]
-        means = pd.concat(seeds).groupby("epoch").mean(numeric_only=True)
-        parts = {part: means.filter(regex=f"^{part}").rename(columns=lambda c: c.split(".")[1]) for part in SPLITS}
-        histories[name] = [
-            {"epoch": epoch} | {part: values.loc[epoch] for part, values in parts.items()} for epoch in means.index
-        ]
-    return asr.plot_speech_curves(histories, "Loss")
+    return asr.plot_speech_curves(q3_histories(), "Loss")
 
 
 def q3_alignments() -> Figure:
@@ -183,6 +187,77 @@ def q3_alignments() -> Figure:
         axes.get_legend().remove()
         axes.lines[0].set_markersize(2)
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------
+# The picture of README.md: a panel a question. Each function returns what its numbers were measured on.
+
+
+def overview_q1(part) -> str:
+    record, axes = read("q1.json"), part.subplots()
+    curve = record["costs"][-1]
+    draw_costs(
+        axes, curve, "ms", {"softmax, fused": "#000000", "Taylor, naive features": "#e69f00", "Taylor": "#0072b2"}
+    )
+    for line in axes.lines:
+        line.set_markersize(3.5)
+    length, ms = curve["points"][-1]["length"], curve["points"][-1]["ms"]
+    gain = f"{ms['softmax, fused'] / ms['Taylor']:.1f} times\nas fast"
+    axes.annotate(gain, (length, ms["Taylor"]), (0, -58), textcoords="offset points", color="#0072b2", ha="right")
+    axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="forward pass (ms)", ylim=(0.1, 2e4))
+    axes.set_xticks(ticks := [256, 1024, 4096, 16384], [f"{tick:,}" for tick in ticks])
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
+    axes.legend(loc="upper left", fontsize=9)
+    return f"random numbers, width {curve['dim']}, {record['device'].upper()}"
+
+
+def overview_q2(part) -> str:
+    """The first test phantom of each class, and what the network in weights/ takes it for."""
+    model, _ = hw2_q2.load_network(hw2_q2.WEIGHTS, torch.device("cpu"))
+    scans, names = test_phantoms(1), hw2_q2.SHORT_NAMES
+    shares = hw2_q2.predict(model, torch.from_numpy(scans))
+    for label, axes in enumerate(part.subplots(2, 2).ravel()):
+        guess = shares[label].argmax()
+        axes.imshow(scans[label], cmap="gray", vmin=0, vmax=255)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color="#bbbbbb")
+        title = f"{names[label]}: {'✓' if guess == label else f'✗ {names[guess]}'} {shares[label].max():.0%}"
+        colour = "black" if guess == label else utils.COLOURS[1]
+        axes.set_title(title, fontsize=10, fontweight="normal", color=colour, pad=4)
+    return "PHANTOMS, no real scans: answer and confidence"
+
+
+def overview_q3(part) -> str:
+    """Validation errors over the epochs: mean over the seeds, and their range."""
+    axes = part.subplots()
+    for (name, histories), colour in zip(q3_histories().items(), utils.COLOURS, strict=False):
+        curves = 100 * np.array([[epoch["val"]["cer"] for epoch in history] for history in histories])
+        epochs = np.arange(1, curves.shape[1] + 1)
+        axes.plot(epochs, curves.mean(0), color=colour, label=f"{name} decoder")
+        axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel="wrong characters in 100", ylim=(0, None))
+    axes.legend(loc="upper right", fontsize=9)
+    return "spoken corpus, synthetic speech"
+
+
+def draw_overview() -> None:
+    figure, _ = utils.new_figure(size=(10.6, 3.6))  # in our style
+    figure.clear()
+    panels = {
+        "1  Attention in linear time": overview_q1,
+        "2  Retinal scans": overview_q2,
+        "3  Speech recognition": overview_q3,
+    }
+    for part, (title, draw) in zip(figure.subfigures(1, 3, width_ratios=(1, 0.8, 1)), panels.items(), strict=True):
+        part.supxlabel(draw(part), x=0.5, fontsize=9, color="#555555")
+        part.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, metadata={"Software": None})
+    palette = Image.open(drawn).convert("RGB").quantize(method=Image.Quantize.FASTOCTREE)  # half of the bytes
+    palette.save(small, "PNG", optimize=True)
+    write_whole(OVERVIEW, small.getvalue())
 
 
 FIGURES: dict[str, tuple[Callable[[], Figure], float]] = {
@@ -212,3 +287,4 @@ def draw_all() -> None:
 
 if __name__ == "__main__":
     draw_all()
+    draw_overview()

@@ -1,8 +1,5 @@
 """Fill the generated parts of README.md and of results/README.md from the records under results/.
 
-python report/readme.py            rewrite both
-python report/readme.py --check    exit status 1 if they are not what the records say
-
 A generated part stands between <!-- begin NAME --> and <!-- end NAME -->; PAGES names the functions that fill it. Where
 a record is missing, the part says so.
 """
@@ -18,14 +15,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
-from runs import Parser
-
-if __name__ == "__main__":  # -h is answered now: asr takes seconds to import
-    PARSER = Parser(__doc__)
-    PARSER.add_argument("--check", action="store_true", help="exit status 1 if the pages are not what the records say")
-    ARGUMENTS = PARSER.parse_args()
-
-from asr import spread, summarise_speech_runs
+from runs import Parser, spread, summarise_speech_runs
 
 
 class NotRecorded(Exception):
@@ -224,9 +214,8 @@ def q3_groups() -> dict[str, list[dict]]:
         raise NotRecorded("question 3")
 
     def place(row: dict) -> tuple:
-        group = row["by_heart"], row["real"], row["dataset"] != "spoken corpus", SPLITS.index(row["split"])
-        if row["real"]:
-            group = (*group[:2], row["adapted"], row["kind"] != "real", row["data"])
+        group = row["by_heart"], row["real"], row["dataset"] != "spoken corpus", row["adapted"]
+        group = *group, SPLITS.index(row["split"]), bool(row["pretrained"]), row["data"]
         return *group, row["preset"] != "improved", len(row["changes"]), str(row["changes"]), row["decoder"]
 
     groups = {}
@@ -471,15 +460,11 @@ def fill(page: str) -> str:
     return text
 
 
-def main(check: bool = False) -> int:
-    stale = {page: new for page in PAGES if (new := fill(page)) != (ROOT / page).read_text()}
-    for page, text in stale.items():
-        if check:
-            print(f"{page} is not what the records say: run `make readme`", file=sys.stderr)
-        else:
-            (ROOT / page).write_text(text)
-    return int(check and bool(stale))
+def main() -> None:
+    for page in PAGES:
+        (ROOT / page).write_text(fill(page))
 
 
 if __name__ == "__main__":
-    sys.exit(main(ARGUMENTS.check))
+    Parser(__doc__).parse_args()
+    main()

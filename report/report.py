@@ -1,7 +1,4 @@
-"""Typeset report/report.pdf from report/*.typ, the figures under report/figures/report and the records under results/.
-
-python report/report.py            draw the figures (report/figures.py), then write report/report.pdf
-python report/report.py --check    exit status 1 if report/report.pdf is not what text, figures and records give
+"""Draw the figures (report/figures.py), then typeset report/report.pdf from report/*.typ and the records.
 
 The same text, figures and records give the same bytes. Typst comes with its fonts: nothing else is needed.
 """
@@ -30,22 +27,9 @@ def typeset() -> bytes:
     )
 
 
-def main() -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="exit status 1 if it is not what records and figures give")
-    path = HERE / "report.pdf"
-    if parser.parse_args().check:
-        current = path.exists() and path.read_bytes() == typeset()
-        if not current:
-            print("report/report.pdf is not what its text and the records say: run `make report`", file=sys.stderr)
-        return int(not current)
-    import figures  # here: it brings Matplotlib and PyTorch along, which the check does not need
+if __name__ == "__main__":
+    Parser(__doc__).parse_args()
+    import figures  # after -h: it brings PyTorch along
 
     figures.draw_all()
-    write_whole(path, typeset())
-    print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    write_whole(HERE / "report.pdf", typeset())

@@ -11,7 +11,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parents[1] / "results" / "q3"
 sys.path.insert(0, str(RESULTS.parents[1]))
 
-from runs import Parser, mean_and_std, read_json, run_environment, summarise, write_json
+from runs import Parser, mean_and_std, read_json, run_environment, summarise, summarise_speech_runs, write_json
 
 if __name__ == "__main__":
     Parser(__doc__).parse_args()  # -h is answered now: the notebook takes seconds to import
@@ -20,13 +20,12 @@ import numpy as np
 import pandas as pd
 from rapidfuzz.distance import Levenshtein
 
-from asr import learnt_by_heart, wrong_stretches
+from asr import SIMILARITIES, wrong_stretches
 from utils import notebook_definitions
 
 OUT = RESULTS / "analysis.json"
 nb = notebook_definitions(RESULTS.parents[1] / "hw2-q3.ipynb")
 RUN = 4  # wrong characters side by side that make a run: about a word
-SIMILARITIES = ["jaccard", "cosine", "damerau_levenshtein"]
 Pairs = list[tuple[str, str]]  # what was said, what was written
 
 
@@ -89,13 +88,13 @@ def examples(runs: dict[str, dict], split: str) -> list[dict]:
     return [{d: marked(*pair) for d, pair in zip(runs, pairs, strict=True)} for pairs in wrong[:2]]
 
 
-def describe_groups(runs: list[dict]) -> list[dict]:
+def describe_groups(rows: list[dict]) -> list[dict]:
     """The runs that differ in decoder and seed alone, put together."""
     groups = {}
-    for run in runs:
-        shared = {"dataset": {key: run["dataset"][key] for key in ("name", "kind")}, "preset": run["config"]["preset"]}
-        shared |= {"changes": run["changes"], "pretrained": run["pretrained"]}
-        groups.setdefault(json.dumps(shared), {}).setdefault(run["config"]["decoder"], []).append(run)
+    for row in rows:
+        shared = {"dataset": {"name": row["dataset"], "kind": row["kind"]}}
+        shared |= {key: row[key] for key in ("preset", "changes", "pretrained")}
+        groups.setdefault(json.dumps(shared), {})[row["decoder"]] = row["runs"]
     described = []
     for shared, decoders in groups.items():
         splits, first = next(iter(decoders.values()))[0]["transcripts"], {d: runs[0] for d, runs in decoders.items()}
@@ -105,9 +104,9 @@ def describe_groups(runs: list[dict]) -> list[dict]:
     return described
 
 
-def describe_real(runs: list[dict]) -> dict | None:
+def describe_real(rows: list[dict]) -> dict | None:
     """The clips of real speech of lowest, median and highest error rate, in the best run that was adapted to them."""
-    adapted = [run for run in runs if run["pretrained"] and run["dataset"]["kind"] == "real"]
+    adapted = [run for row in rows if row["pretrained"] and row["kind"] == "real" for run in row["runs"]]
     if not adapted:
         return None
     best = min(adapted, key=lambda run: error_rate(pairs_of(run, "test")))
@@ -117,9 +116,9 @@ def describe_real(runs: list[dict]) -> dict | None:
     return {"decoder": best["config"]["decoder"], "dataset": best["dataset"]["name"], "clips": clips}
 
 
-def describe_similarities(runs: list[dict]) -> dict:
+def describe_similarities(rows: list[dict]) -> dict:
     """The three similarities where the truth is known, and how they go with the error rate where it is measured."""
-    runs = [run for run in runs if run["dataset"]["name"] == "spoken corpus" and not run["changes"]]
+    runs = [run for row in rows if row["dataset"] == "spoken corpus" and not row["changes"] for run in row["runs"]]
     rng, said = np.random.default_rng(0), [pair[0] for pair in pairs_of(runs[0], "test")]
     made = {
         "anagram": [(text, "".join(rng.permutation(list(text)))) for text in said],
@@ -127,12 +126,12 @@ def describe_similarities(runs: list[dict]) -> dict:
     }
 
     def scores(pairs: Pairs) -> pd.DataFrame:
-        return pd.DataFrame([nb.string_similarities(*pair) for pair in pairs])[SIMILARITIES]
+        return pd.DataFrame([nb.string_similarities(*pair) for pair in pairs])[[*SIMILARITIES]]
 
     every = {pair for run in runs for split in run["transcripts"] for pair in pairs_of(run, split)}
     wrong = sorted((said, written) for said, written in every if written and written != said)
     found = scores(wrong).assign(cer=[error_rate([pair]) for pair in wrong])
-    correlation = pd.DataFrame({way: found.corr(way)["cer"] for way in ("pearson", "spearman")}).loc[SIMILARITIES]
+    correlation = pd.DataFrame({way: found.corr(way)["cer"] for way in ("pearson", "spearman")}).loc[[*SIMILARITIES]]
     apart = found.assign(said=[p[0] for p in wrong], written=[p[1] for p in wrong])
     apart["gap"] = apart["damerau_levenshtein"] - apart["jaccard"]
     return {
@@ -145,12 +144,10 @@ def describe_similarities(runs: list[dict]) -> dict:
 
 
 def main() -> int:
-    runs = []
-    for path in sorted((RESULTS / "details").glob("*.json")):
-        pretrained = read_json(RESULTS / path.name).get("pretrained")
-        runs.append(read_json(path) | {"pretrained": pretrained and pretrained["dataset"]["name"]})
-    runs = sorted((r for r in runs if not learnt_by_heart(r)), key=lambda r: (r["config"]["decoder"], r["seed"]))
-    found = {"groups": describe_groups(runs), "real": describe_real(runs), "similarities": describe_similarities(runs)}
+    rows = [row for row in summarise_speech_runs(RESULTS) if not row["by_heart"]]
+    for row in rows:
+        row["runs"] = [read_json(RESULTS / "details" / file) for file in row["files"]]
+    found = {"groups": describe_groups(rows), "real": describe_real(rows), "similarities": describe_similarities(rows)}
     write_json(OUT, run_environment() | found)
     return 0
 

@@ -749,7 +749,7 @@ def read_as_a_notebook_does(run):
     if run.is_finished():
         record, texts = run.record(), run.transcripts()
         asr.progress(run, record["history"]).encode()
-        asr.plot_speech_curves({"LSTM": record["history"]}, record["date"][:10])
+        asr.plot_speech_curves({"LSTM": [record["history"]]}, record["date"][:10])
         asr.score_table({split: record[split] for split in run.test_splits})
         asr.score_table({split: record[split]["cut_to_97"] for split in run.test_splits})
         asr.transcript_table(["said"] * 3, {"LSTM": list(texts["test"].values())[:3]}).encode()
