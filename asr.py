@@ -536,11 +536,28 @@ def wrong_stretches(reference: str, hypothesis: str) -> list[tuple[str, str]]:
     return stretches
 
 
-def share_in_runs(references: Sequence[str], hypotheses: Sequence[str], least: int = 4) -> float:
-    """The share of wrong characters that stand `least` or more side by side: words repeated, skipped or replaced."""
-    pairs = zip(references, hypotheses, strict=True)
-    sizes = [max(map(len, stretch)) for pair in pairs for stretch in wrong_stretches(*pair)]
-    return sum(size for size in sizes if size >= least) / max(1, sum(sizes))
+LONG = 4  # wrong characters side by side: about a word
+
+
+def kinds_of_errors(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Wrong characters in 1,000 spoken ones, by kind; `pairs` are what was said and what was written.
+
+    A stretch of `LONG` or more characters that were written for nothing counts as `repeated` where the same stretch
+    stands elsewhere in what was written, else as `invented`; one that was not written as `skipped`; one written in
+    the place of another as `replaced`. Shorter ones are `misspelt`.
+    """
+    counts = dict.fromkeys(("misspelt", "skipped", "repeated", "invented", "replaced"), 0)
+    for said, written in pairs:
+        for source, target in wrong_stretches(said, written):
+            if max(len(source), len(target)) < LONG:
+                kind = "misspelt"
+            elif source:
+                kind = "replaced" if target else "skipped"
+            else:
+                kind = "repeated" if written.count(target) > 1 else "invented"
+            counts[kind] += max(len(source), len(target))
+    characters = sum(len(said) for said, _ in pairs)
+    return {kind: 1000 * count / characters for kind, count in counts.items()}
 
 
 def words(text: str) -> list[str]:

@@ -640,17 +640,13 @@ def summarise_setting(done: list[GridRun], no_maxpool: bool, rate: float) -> dic
     return row
 
 
-def shown(value: dict) -> str:
-    return f"{value['mean']:.4f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
-
-
 def print_grid(record: dict, to: TextIO | None = None) -> None:
     dataset, rows = record["dataset"], []
     for row in record["settings"]:
         names = ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_macro_auc")
         is_chosen = row["learning_rate"] == record["chosen_rate"] and row["network"] == "maxpool"
         remark = f"{row['diverged']} diverged" if row["diverged"] else "<- chosen" if is_chosen else ""
-        cells = [shown(row[name]) if name in row else "n/a" for name in names]
+        cells = [runs.spread(row[name], ".4f") if name in row else "n/a" for name in names]
         rows.append([row["network"], f"{row['learning_rate']:g}", *cells, remark])
     headers = ["network", "rate", "val acc", "test acc", "test balanced", "test AUC", ""]
     print(f"\n{dataset['name']} ({dataset['kind']}), seeds {record['seeds']}, mean ± standard deviation", file=to)
@@ -871,7 +867,7 @@ def evaluate_networks(networks: dict[Path, tuple[nn.Module, dict]], data: OctDat
         for metric in ("accuracy", "balanced_accuracy", "macro_auc"):
             if None not in (values := [one[metric] for one in scores]):
                 record[part][metric] = runs.mean_and_std(values)
-                print(f"{data.name}, {part} ({len(labels)} scans): {metric} {shown(record[part][metric])}")
+                print(f"{data.name}, {part} ({len(labels)} scans): {metric} {runs.spread(record[part][metric], '.4f')}")
     return record | {"seconds": round(time.perf_counter() - started, 2), **runs.run_environment(device)}
 
 

@@ -65,17 +65,12 @@ def compare_processes(folder: Path) -> dict:
 def main() -> int:
     parser = runs.Parser(__doc__)
     parser.add_argument("-out", type=Path, metavar="RECORD", help="write a record")
-    parser.add_argument("-only_processes", action="store_true", help="measure 2 again, and keep 1 as -out has it")
     parser.add_argument("-records", type=Path, metavar="FOLDER", help="keep the records of the first run there")
     args = parser.parse_args()
-    if args.only_processes and not args.out:
-        parser.error("-only_processes needs -out")
-    record = runs.read_json(args.out) if args.only_processes else runs.run_environment()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if not args.only_processes:
-            record |= {"load_before": load, **time_a_run(folder / "whole", args.records)}
+        record = runs.run_environment() | {"load_before": load, **time_a_run(folder / "whole", args.records)}
         record["one_and_two"] = compare_processes(folder)
     minutes, difference = record["seconds"] / 60, record["one_and_two"]["relative_difference"]
     print(f"the whole notebook: {minutes:.1f} minutes (bar: {MINUTES})")

@@ -308,12 +308,12 @@ def print_record(record: dict) -> None:
     dataset = record["dataset"]
     print(f"\n{dataset['name']} ({dataset['kind']}), seeds {record['seeds']}, mean ± standard deviation")
     names = ("train loss", "train balanced", "val balanced", "test balanced", "changed by 1")
-    print(" " * 8 + "".join(f"{name:>17s}" for name in names))
+    print(" " * 8 + "".join(f"{name:>18s}" for name in names))
     for pool, network in record["networks"].items():
         found = network["summary"]
         values = [found["train"]["loss"], *(found[split]["balanced_accuracy"] for split in utils.SPLITS)]
         values.append(found["shifts"]["1"]["changed"])
-        print(f"{pool:8s}" + "".join(f"{hw2_q2.shown(value):>17s}" for value in values))
+        print(f"{pool:8s}" + "".join(f"{runs.spread(value, '.4f'):>18s}" for value in values))
 
 
 def main(arguments: list[str] | None = None) -> int:

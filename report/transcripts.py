@@ -20,12 +20,11 @@ import numpy as np
 import pandas as pd
 from rapidfuzz.distance import Levenshtein
 
-from asr import SIMILARITIES, wrong_stretches
+from asr import SIMILARITIES, kinds_of_errors
 from utils import notebook_definitions
 
 OUT = RESULTS / "analysis.json"
 nb = notebook_definitions(RESULTS.parents[1] / "hw2-q3.ipynb")
-RUN = 4  # wrong characters side by side that make a run: about a word
 Pairs = list[tuple[str, str]]  # what was said, what was written
 
 
@@ -35,27 +34,6 @@ def pairs_of(run: dict, split: str) -> Pairs:
 
 def error_rate(pairs: Pairs) -> float:
     return sum(Levenshtein.distance(*pair) for pair in pairs) / sum(len(said) for said, _ in pairs)
-
-
-def kinds_of_errors(pairs: Pairs) -> dict[str, float]:
-    """Wrong characters in 1,000 spoken ones, by kind.
-
-    A stretch of `RUN` or more characters that were written for nothing counts as `repeated` where the same stretch
-    stands elsewhere in what was written, else as `invented`; one that was not written as `skipped`; one written in
-    the place of another as `replaced`. Shorter ones are `misspelt`.
-    """
-    counts = dict.fromkeys(("misspelt", "skipped", "repeated", "invented", "replaced"), 0)
-    for said, written in pairs:
-        for source, target in wrong_stretches(said, written):
-            if max(len(source), len(target)) < RUN:
-                kind = "misspelt"
-            elif source:
-                kind = "replaced" if target else "skipped"
-            else:
-                kind = "repeated" if written.count(target) > 1 else "invented"
-            counts[kind] += max(len(source), len(target))
-    characters = sum(len(said) for said, _ in pairs)
-    return {kind: 1000 * count / characters for kind, count in counts.items()}
 
 
 def describe_decoder(runs: list[dict], split: str) -> dict:

@@ -1383,12 +1383,6 @@ def test_what_differs_leads_from_one_text_to_the_other(differ, said, written):
         assert source != target and target in written
 
 
-def test_the_share_of_wrong_characters_in_runs_by_hand():
-    said, written = ["red fox", "fox", "a cat"], ["fox", "fox fox", "a bat"]
-    assert asr.share_in_runs(said, written) == 8 / 9  # "red " missed, " fox" added, one letter wrong
-    assert asr.share_in_runs(said, written, least=5) == 0 == asr.share_in_runs(said, said)
-
-
 def test_the_fate_of_new_words_by_hand():
     known = {"the", "fox", "sat", "car", "ran"}
     said = ["the wolf sat, the pen-knife ran.", "a cart ran", "the wolf", "the panda sat"]

@@ -14,6 +14,7 @@ import transcripts
 from conftest import ROOT
 
 import report
+from asr import kinds_of_errors
 
 
 def test_the_committed_report_is_what_text_and_records_give():
@@ -97,7 +98,7 @@ def test_the_analysis_is_what_the_transcripts_give(tmp_path, monkeypatch):
 def test_kinds_of_errors_by_hand(said, written, kind, characters):
     expected = dict.fromkeys(("misspelt", "skipped", "repeated", "invented", "replaced"), 0)
     expected[kind] = pytest.approx(1000 * characters / len(said))
-    assert transcripts.kinds_of_errors([(said, written)]) == expected
+    assert kinds_of_errors([(said, written)]) == expected
 
 
 def test_marked_transcripts_hold_both_texts():
