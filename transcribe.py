@@ -62,10 +62,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"no network with the {args.decoder or BEST} decoder in weights/: name one with -weights")
     q3 = utils.notebook_definitions(HERE / "hw2-q3.ipynb")
     model = q3.load_model(weights, args.decoder).to(utils.choose_device(args.device))
-    data, scores = model.about["dataset"], model.about["scores"]["test"]
-    kind = {"real": "real speech", "spoken": "SYNTHETIC speech"}[data["kind"]]
-    say(f"{weights}: {q3.NAMES[model.about['decoder']]} decoder, trained on {data['name']} ({kind}),")
-    say(f"with a character error rate of {scores['cer']:.1%} on its test split")
+    about = model.about
+    say(f"{weights}: {q3.NAMES[about['decoder']]} decoder, trained on {about['trained_on']},")
+    say(f"with a character error rate of {about['scores']['test']['cer']:.1%} on its test split")
     bad = 0
     for number, path in enumerate(args.files, start=1):
         say(f"[{number}/{len(args.files)}] {path}")

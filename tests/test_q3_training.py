@@ -912,6 +912,8 @@ def test_training_goes_on_from_pretrained_weights(whole, folder, tmp_path, monke
     assert record["pretrained"] == about["pretrained"] == run.origin["pretrained"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert record["pretrained"]["sha256"] == digest and record["pretrained"]["dataset"]["name"] == "tones"
+    told = nb.load_model(run.folder / "model.safetensors").about["trained_on"]
+    assert told == "tones (SYNTHETIC speech), then others (SYNTHETIC speech)"
     fresh = make_run(other, tmp_path / "runs", whole.decoder, epochs=1)
     assert run.folder != fresh.folder and not fresh.is_finished() and run.is_finished()
     assert record["history"][0]["train"]["loss"] < 0.95 * whole.record()["history"][0]["train"]["loss"]
