@@ -904,6 +904,8 @@ def test_a_model_is_loaded_as_it_was_saved(whole):
 
 def test_training_goes_on_from_pretrained_weights(whole, folder, tmp_path, monkeypatch):
     path, other = whole.folder / "model.safetensors", make_tones(tmp_path / "others", seed=5)
+    corpus = json.loads((other / "corpus.json").read_text())
+    (other / "corpus.json").write_text(json.dumps(corpus | {"name": "others"}))
     run = nb.replace(make_run(other, tmp_path / "runs", whole.decoder, epochs=1), pretrained=path)
     for name, value in nb.load_model(path).state_dict().items():  # statistics among them
         assert torch.equal(nb.new_model(run).state_dict()[name], value)
