@@ -1,5 +1,6 @@
 """transcribe.py and the notebook's transcript_of: recordings of any kind, damaged ones, the networks in weights/."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -75,18 +76,19 @@ FILES = {
 @pytest.mark.parametrize("kind", FILES)
 def test_recordings_of_any_kind_are_transcribed(learned, model, tmp_path, kind, monkeypatch):
     rate, channels, suffix, subtype = FILES[kind]
-    genuine, heard = model.generate, []
-    monkeypatch.setattr(model, "generate", lambda audio, lengths: heard.append(audio) or genuine(audio, lengths))
+    genuine, heard = nb.best_text, []
+    monkeypatch.setattr(nb, "best_text", lambda model, audio: heard.append(audio) or genuine(model, audio))
     right = 0
     for clip in learned.cache.clips("train")[:4]:
         samples, _ = utils.read_wav(clip.path, rate)
         path = tmp_path / f"{clip.id}.{suffix}"
         soundfile.write(path, np.stack([samples] * channels, axis=1), rate, subtype=subtype)
-        right += nb.transcript_of(path, model) == clip.text
+        with contextlib.suppress(InputError):  # a telephone's sound may hold nothing that it knows
+            right += nb.transcript_of(path, model) == clip.text
         (audio,) = heard
         heard.clear()
-        assert abs(audio.shape[1] - learned.cache.frames(clip)) <= (12 if kind == "MP3" else 1)  # it pads
-        assert audio.shape[2] == 24
+        assert abs(len(audio) - learned.cache.frames(clip)) <= (12 if kind == "MP3" else 1)  # it pads
+        assert audio.shape[1] == 24
     assert right == 4 or kind == "telephone"  # where the upper half of the spectrum is missing
 
 
@@ -110,8 +112,8 @@ SPOILT = {
 @pytest.mark.parametrize("normalise", [True, False])
 def test_what_does_not_change_the_words_does_not_change_the_text(learned, model, tmp_path, how, normalise, monkeypatch):
     model.settings = nb.replace(model.settings, normalise_clips=normalise)
-    frames, texts, genuine = [], [], model.generate
-    monkeypatch.setattr(model, "generate", lambda audio, lengths: frames.append(audio) or genuine(audio, lengths))
+    frames, texts, genuine = [], [], nb.best_text
+    monkeypatch.setattr(nb, "best_text", lambda model, audio: frames.append(audio) or genuine(model, audio))
     clip = learned.cache.clips("train")[0]
     samples, _ = utils.read_wav(clip.path, RATE)
     for name, content in (("as it was", samples), ("spoilt", SPOILT[how](samples))):
@@ -132,7 +134,7 @@ def test_a_clip_is_brought_to_the_loudness_of_the_training_clips(learned):
 def test_sentences_in_a_row_are_transcribed_one_by_one(folder, tmp_path, monkeypatch):
     model, cache = listening(network("lstm"), 1.5), features(folder, small())
     pieces = []
-    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5 + len(pieces)]])
+    monkeypatch.setattr(nb, "best_text", lambda model, audio: pieces.append(len(audio)) or [5 + len(pieces)])
     clips = cache.clips("train")
     pause = np.zeros(RATE // 2, np.float32)
     parts = [part for clip in clips for part in (utils.read_wav(clip.path, RATE)[0], pause)]
@@ -146,7 +148,7 @@ def test_sentences_in_a_row_are_transcribed_one_by_one(folder, tmp_path, monkeyp
 def test_a_pause_like_those_in_training_clips_does_not_cut_a_recording(folder, tmp_path, monkeypatch):
     model, cache = network("lstm"), features(folder, small())
     pieces = []
-    monkeypatch.setattr(model, "generate", lambda audio, lengths: pieces.append(audio.shape[1]) or [[5]])
+    monkeypatch.setattr(nb, "best_text", lambda model, audio: pieces.append(len(audio)) or [5])
     first, second = (utils.read_wav(clip.path, RATE)[0] for clip in cache.clips("train")[:2])
     samples = np.concatenate([first, np.zeros(RATE // 2, np.float32), second])
     soundfile.write(tmp_path / "comma.wav", samples, RATE)
@@ -160,13 +162,13 @@ def test_a_pause_like_those_in_training_clips_does_not_cut_a_recording(folder, t
 
 def test_ten_minutes_are_transcribed_in_pieces_and_silent_ones_passed_over(tmp_path, monkeypatch):
     model = listening(talkative("lstm", STOP_BIAS["lstm"]))
-    pieces, genuine = [], model.generate
+    pieces = []
 
-    def spy(audio, lengths):
-        pieces.append(audio.shape[1] / 100)
-        return genuine(audio, lengths, 3)
+    def spy(model, audio):
+        pieces.append(len(audio) / 100)
+        return model.generate(audio[None], torch.tensor([len(audio)]), 3)[0]
 
-    monkeypatch.setattr(model, "generate", spy)
+    monkeypatch.setattr(nb, "best_text", spy)
     rng = np.random.default_rng(0)
     loud = np.repeat(rng.uniform(0.05, 0.3, 4800), 1000) * rng.standard_normal(4_800_000)
     soundfile.write(tmp_path / "long.wav", loud, 8_000, "PCM_16")
@@ -371,12 +373,17 @@ def test_the_network_in_weights_is_the_better_one_of_its_records():
     assert {t.dtype for t in tensors.values() if t.ndim > 1} == {torch.float16}
 
 
-def test_the_recording_in_examples_is_written_as_recorded():
+def test_the_recording_in_examples_is_written_as_recorded(shipped):
     _, name, _ = recorded()
     done = transcribe(ROOT / "examples" / "LJ050-0270.wav")
     assert done.returncode == 0 and "SYNTHETIC speech" in done.stderr
     details = run_files.read_json(ROOT / "results" / "q3" / "details" / name)
     pair = details["transcripts"]["test_real"]["LJ050-0270"]
     assert pair["said"].rstrip(".") in (ROOT / "examples" / "README.md").read_text().lower()
-    # matrices in half precision, and cut at a long pause, which training is not
-    assert nb.score([pair["written"]], [done.stdout.strip()])["cer"] < 0.15
+    samples, rate = utils.read_wav(ROOT / "examples" / "LJ050-0270.wav", utils.SPEECH_RATE)
+    features = torch.from_numpy(nb.extractor(rate, shipped.settings)[0](samples, rate))
+    greedy = shipped.vectorizer.decode(shipped.generate(features[None], torch.tensor([len(features)]))[0])
+    assert nb.score([pair["written"]], [greedy])["cer"] < 0.15  # the network is that of the record, in half precision
+    # the script cuts the clip at its pause, and uses a beam
+    by_script, as_recorded = (nb.score([pair["said"]], [t])["cer"] for t in (done.stdout.strip(), pair["written"]))
+    assert by_script <= as_recorded
