@@ -132,6 +132,7 @@ exported = for d in lstm transformer; do rm -f data/q3-$$d.safetensors; $(BIN)/p
 
 # What is to be tested on as real speech is read in no training: its texts, and three whole chapters.
 VARIED := dropout: 0.1, spec_augment: true, attention_window: 1
+SECOND := epochs: 6, learning_rate: 0.0015, warmup_steps: 200, dropout: 0, spec_augment: false, attention_window: 1
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=, TEST_SPEECH=)
 	$(call needs,TEXTS,path/to/metadata.csv)
 	$(call needs,TEST_SPEECH,path/to/folder)
@@ -140,7 +141,7 @@ q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes
 	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -y '{overrides: {epochs: 10, $(VARIED)}}' $(ARGS)
 	$(call exported,improved)
 	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -p pretrained 'data/q3-{decoder}.safetensors' \
-	    -y '{overrides: {epochs: 6, learning_rate: 0.0015, warmup_steps: 200, dropout: 0, spec_augment: false}}' $(ARGS)
+	    -y '{overrides: {$(SECOND)}}' $(ARGS)
 	$(call exported,adapted)
 	$(BIN)/python report/transcripts.py
 
