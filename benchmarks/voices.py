@@ -4,7 +4,7 @@
 
 The same texts of LJ Speech are spoken several times: with everything varied, with nothing, and with one kind of
 variation left out. A network is trained on each for the same number of epochs, and scored on 30 real clips, none of
-whose texts it has read. An hour on two cores; corpora and runs lie under data/voices and runs/voices, and it resumes.
+whose texts it has read. Half an hour on two cores; corpora and runs lie under data/voices and runs/voices, and it resumes.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-texts", type=Path, required=True, metavar="FILE", help="metadata.csv of LJ Speech")
     parser.add_argument("-real", type=Path, required=True, metavar="FOLDER", help="real clips, of chapter LJ001")
     parser.add_argument("-out", type=Path, required=True, metavar="FILE", help="the record")
-    parser.add_argument("-rows", type=number(int, 20), default=1_000, help="texts (default: %(default)s)")
-    parser.add_argument("-epochs", type=number(int, 1), default=10, help="of each network (default: %(default)s)")
+    parser.add_argument("-rows", type=number(int, 20), default=500, help="texts (default: %(default)s)")
+    parser.add_argument("-epochs", type=number(int, 1), default=14, help="of each network (default: %(default)s)")
     parser.add_argument("-jobs", type=number(int, 1), default=2, help="networks at once (default: %(default)s)")
     return parser.parse_args(arguments)
 
