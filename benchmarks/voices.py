@@ -4,7 +4,8 @@
 
 The same texts of LJ Speech are spoken several times: with everything varied, with nothing, and with one kind of
 variation left out. A network is trained on each for the same number of epochs, and scored on 30 real clips, none of
-whose texts it has read. Half an hour on two cores; corpora and runs lie under data/voices and runs/voices, and it resumes.
+whose texts it has read. It takes half an hour on two cores, and resumes: corpora and runs lie under data/voices and
+runs/voices.
 """
 
 import argparse
