@@ -311,7 +311,9 @@ def q3_scores() -> str:
         shared = [part for part in settings[0] if all(part in setting for setting in settings)]
         body = []
         for row, setting in zip(rows, settings, strict=True):
-            own = [row["data"]] * row["real"] + [part for part in setting if part not in shared]
+            own = [row["data"]] * (row["real"] or bool(row["pretrained"])) + [
+                part for part in setting if part not in shared
+            ]
             cells = [", ".join(own) or "unchanged", f"{DECODERS[row['decoder']]} {row['links']}"]
             cells += [spread(row["scores"][key], ".3f") for key in ("jaccard", "cosine", "damerau_levenshtein")]
             similarity, cer = (row["scores"][key] for key in ("damerau_levenshtein", "cer"))
@@ -386,7 +388,7 @@ def results() -> str:
         "1\u00a0attention": q1_result,
         "2\u00a0scans": q2_result,
         "3\u00a0speech": q3_spoken,
-        "a\u00a0person": q3_real,
+        "3\u00a0real\u00a0speech": q3_real,
     }
     for question, make in makers.items():
         try:
