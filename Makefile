@@ -147,7 +147,7 @@ q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes
 
 # The networks of q3-lj-text adapted to a real voice, and networks that know nothing else.
 ON_REAL := $(RECORDED) -p data $(REAL_SPEECH) -p also_test $(TEST_SPEECH)
-q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (50 minutes; resumes)
+q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (40 minutes; resumes)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
 	$(call needs,TEST_SPEECH,path/to/folder)
 	$(ON_REAL) -p mixed_with data/lj-text -p pretrained 'data/q3-{decoder}.safetensors'

@@ -4,7 +4,7 @@
 
 The same texts of LJ Speech are spoken several times: with everything varied, with nothing, and with one kind of
 variation left out. A network is trained on each for the same number of epochs, and scored on 30 real clips, none of
-whose texts it has read. It takes half an hour on two cores, and resumes: corpora and runs lie under data/voices and
+whose texts it has read. It takes twenty minutes on two cores, and resumes: corpora and runs lie under data/voices and
 runs/voices.
 """
 
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-real", type=Path, required=True, metavar="FOLDER", help="real clips, of chapter LJ001")
     parser.add_argument("-out", type=Path, required=True, metavar="FILE", help="the record")
     parser.add_argument("-rows", type=number(int, 20), default=500, help="texts (default: %(default)s)")
-    parser.add_argument("-epochs", type=number(int, 1), default=14, help="of each network (default: %(default)s)")
+    parser.add_argument("-epochs", type=number(int, 1), default=10, help="of each network (default: %(default)s)")
     parser.add_argument("-jobs", type=number(int, 1), default=2, help="networks at once (default: %(default)s)")
     return parser.parse_args(arguments)
 
