@@ -47,7 +47,11 @@ def make_model(bench, decoder, stop_bias=0.0):
 
 def save_checkpoint(bench, path, decoder):
     model = make_model(bench, decoder)
-    about = {"decoder": decoder, "settings": asdict(bench.q3.PRESETS["improved"]), "dataset": {}}
+    about = {
+        "decoder": decoder,
+        "settings": asdict(bench.q3.PRESETS["improved"]),
+        "dataset": {"name": "x", "kind": "spoken"},
+    }
     about["scores"] = {"test": {"damerau_levenshtein": 0.0, "cer": 1.0}}
     about["heard"] = {"longest_clip": 10.0, "longest_pause": 0.3, "loudness": 0.05}
     bench.runs.save_weights(path, model.state_dict(), about)
