@@ -1,6 +1,7 @@
 """transcribe.py and the notebook's transcript_of: recordings of any kind, damaged ones, the networks in weights/."""
 
 import contextlib
+import importlib
 import os
 import re
 import subprocess
@@ -323,14 +324,18 @@ def test_help_is_quick_and_its_lines_of_python_do_the_same(learned, tmp_path, mo
         (["-weights", "q3.safetensors", "-export", "other.safetensors"], "other.safetensors exists"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_status_2(learned, tmp_path, arguments, reason):
+def test_what_cannot_be_is_one_line_and_status_2(learned, tmp_path, arguments, reason, monkeypatch, capsys):
     (tmp_path / "q3.safetensors").write_bytes((learned.folder / "model.safetensors").read_bytes())
     tensors, about = run_files.load_weights(tmp_path / "q3.safetensors")
     run_files.save_weights(tmp_path / "other.safetensors", tensors, {k: about[k] for k in about if k != "heard"})
     torch.save({"run": os.system}, tmp_path / "code.safetensors")
-    done = transcribe(*arguments, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert reason in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("transcribe")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["transcribe.py"])
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(importlib.import_module("transcribe").main(arguments))
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == ""
+    assert reason in told.err and len(told.err.splitlines()) == 1 and told.err.startswith("transcribe")
 
 
 def test_an_exported_network_has_half_the_size_and_writes_the_same(learned, model, tmp_path):
