@@ -10,7 +10,7 @@ CPU_BUILDS = --index-url https://download.pytorch.org/whl/cpu $(shell grep -oE '
 .DEFAULT_GOAL := help
 
 .PHONY: help demo transcribe q1 q2 q2-grid q3 lab test lint bench bench-gpu clean
-.PHONY: q1-records q2-records q3-records q3-ablations q3-lj-text q3-real records weights readme report
+.PHONY: q1-records q2-records q3-records q3-ablations q3-lj-text q3-real records weights figures readme report
 
 help:           ## this list
 	@awk -F ':.*## ' '/^##@/ { printf "\n%s\n", substr($$0, 5) } \
@@ -150,6 +150,7 @@ ON_REAL := $(RECORDED) -p data $(REAL_SPEECH) -p also_test $(TEST_SPEECH)
 q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (40 minutes; resumes)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
 	$(call needs,TEST_SPEECH,path/to/folder)
+	$(call needs,TEXTS,path/to/metadata.csv)
 	$(ON_REAL) -p mixed_with data/lj-text -p pretrained 'data/q3-{decoder}.safetensors'
 	$(ON_REAL) -y '{overrides: {epochs: 60, $(VARIED)}}'
 	$(BIN)/python benchmarks/voices.py -texts $(TEXTS) -real $(REAL_SPEECH) -out results/q3/voices.json
@@ -175,9 +176,11 @@ weights: $(READY)  ## the trained networks in weights/, after q3-lj-text
 	$(Q2) -export $(WEIGHTS) -checkpoint $(STRONG)/best.pt
 	cp data/q3-lstm.safetensors weights/
 
-readme: $(READY)  ## README.md, its picture, and the tables of results/README.md
-	$(BIN)/python report/readme.py
+figures: $(READY)  ## the figures of README.md and of the report
 	$(BIN)/python report/figures.py
 
-report: $(READY)  ## the report's figures, and report/report.pdf
+readme: figures  ## README.md, its picture, and the tables of results/README.md
+	$(BIN)/python report/readme.py
+
+report: figures  ## the report's figures, and report/report.pdf
 	$(BIN)/python report/report.py

@@ -699,7 +699,7 @@ SIMILARITIES = {"jaccard": "Jaccard", "cosine": "cosine", "damerau_levenshtein":
 def plot_speech_curves(histories: dict[str, list[list[dict]]], title: str) -> Figure:
     """Loss and the three similarities over the epochs, of all decoders: `histories` by the decoder's name.
 
-    Of each there may be several, one a seed: the mean is drawn.
+    Of each there may be several, one per seed: the mean is drawn.
     """
     figure, (loss, similarity) = new_figure(1, 2, size=(5.4, 3.8))
     for colour, (name, runs) in zip(COLOURS, histories.items(), strict=False):

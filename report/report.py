@@ -1,4 +1,4 @@
-"""Draw the figures (report/figures.py), then typeset report/report.pdf from report/*.typ and the records.
+"""Typeset report/report.pdf from report/*.typ, the records, and the figures that report/figures.py draws.
 
 The same text, figures and records give the same bytes. Typst comes with its fonts: nothing else is needed.
 """
@@ -29,7 +29,4 @@ def typeset() -> bytes:
 
 if __name__ == "__main__":
     Parser(__doc__).parse_args()
-    import figures  # after -h: it brings PyTorch along
-
-    figures.draw_all()
     write_whole(HERE / "report.pdf", typeset())

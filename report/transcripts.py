@@ -72,7 +72,7 @@ def describe_groups(rows: list[dict]) -> list[dict]:
     for row in rows:
         shared = {"dataset": {"name": row["dataset"], "kind": row["kind"]}}
         shared |= {key: row[key] for key in ("preset", "changes", "pretrained")}
-        groups.setdefault(json.dumps(shared), {})[row["decoder"]] = row["runs"]
+        groups.setdefault(json.dumps(shared), {}).setdefault(row["decoder"], []).extend(row["runs"])
     described = []
     for shared, decoders in groups.items():
         splits, first = next(iter(decoders.values()))[0]["transcripts"], {d: runs[0] for d, runs in decoders.items()}
