@@ -122,6 +122,7 @@ ABLATED := $(RECORDED) -p data spoken -y
 q3-ablations: $(READY)  ## question 3: what single changes of the preset are worth (an hour; resumes)
 	$(ABLATED) '{overrides: {guide_weight: 0}}'
 	$(ABLATED) '{overrides: {ctc_weight: 0, guide_weight: 0}}'
+	$(ABLATED) '{overrides: {local_kernel: null}}'
 	$(ABLATED) '{overrides: {mel_shift: 0}}'
 	$(ABLATED) '{overrides: {spec_augment: true}}'
 	$(BIN)/python report/transcripts.py
@@ -131,7 +132,7 @@ exported = for d in lstm transformer; do rm -f data/q3-$$d.safetensors; $(BIN)/p
     -weights runs/q3/lj-text-$(1)-$$d-seed42-*/model.safetensors -export data/q3-$$d.safetensors || exit 1; done
 
 # What is to be tested on as real speech is read in no training: its texts, and three whole chapters.
-VARIED := dropout: 0.1, spec_augment: true, attention_window: 1
+VARIED := local_kernel: null, dropout: 0.1, spec_augment: true, attention_window: 1
 SECOND := epochs: 6, learning_rate: 0.0015, warmup_steps: 200, dropout: 0, spec_augment: false, attention_window: 1
 q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=, TEST_SPEECH=)
 	$(call needs,TEXTS,path/to/metadata.csv)

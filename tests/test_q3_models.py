@@ -107,6 +107,7 @@ def test_overrides_change_their_settings_alone(preset):
         ("better", {}, "better"),
         ("improved", {"widht": 8, "epochs": 2}, "widht"),
         ("improved", {"kernel_size": 4}, "kernel_size"),
+        ("improved", {"local_kernel": 4}, "local_kernel"),
         ("improved", {"heads": 3}, "heads"),
         ("improved", {"average_epochs": 3}, "average_epochs"),
         ("improved", {"learning_rate": "fast"}, "learning_rate"),
@@ -191,6 +192,7 @@ def test_the_homework_preset_is_what_the_statement_prescribes():
         shapes = [(c.kernel_size, c.padding, c.stride, c.out_channels) for c in model.encoder.convolutions]
         assert shapes == [((3,), (1,), (1,), 200), ((3,), (1,), (2,), 200)]
         assert len(model.encoder.blocks) == 4 and model.ctc is None
+        assert not any(isinstance(module, nn.Conv1d) for module in model.encoder.blocks.modules())
         for block in [*model.encoder.blocks, model.decoder.cross_block]:
             assert block.attention.heads == 2
             linear, activation, last = block.feed_forward
@@ -551,6 +553,16 @@ def positions_by_hand(count, width, rate=1.0):
     return table
 
 
+def neighbours_by_hand(convolution, x):
+    """Each feature's weighted sum over a place and its neighbours: [S, width] to [S, width]"""
+    weights, reach = convolution.weight[:, 0], convolution.weight.shape[2] // 2  # [width, places]
+    out = convolution.bias.repeat(len(x), 1)
+    for place, step in itertools.product(range(len(x)), range(-reach, reach + 1)):
+        if 0 <= place + step < len(x):
+            out[place] += weights[:, reach + step] * x[place + step]
+    return out
+
+
 def encoder_by_hand(encoder, audio, form):
     """One clip: [T, n_mels] to [S, width]"""
     x = (audio - encoder.feature_mean) / encoder.feature_std
@@ -563,6 +575,8 @@ def encoder_by_hand(encoder, audio, form):
         x = layer_norm(x, encoder.norm)
     x = x + positions_by_hand(len(x), x.shape[1], encoder.position_rate.item())
     for block in encoder.blocks:
+        if block.local is not None:
+            x = residual_by_hand(block.local_residual, x, lambda y, c=block.local: neighbours_by_hand(c, y), form)
         x = block_by_hand(block, x, form)
     return layer_norm(x, encoder.last_norm) if form == "pre-norm" else x
 
@@ -591,10 +605,11 @@ def decoder_by_hand(decoder, name, tokens, memory, form):
 
 @both_decoders
 @both_forms
-@pytest.mark.parametrize(("subsampling", "norm_positions"), [(2, False), (4, True)])
+@pytest.mark.parametrize(("subsampling", "norm_positions", "local_kernel"), [(2, False, None), (4, True, 5)])
 @torch.no_grad()
-def test_the_network_is_the_statements(decoder, form, subsampling, norm_positions):
-    model = network(decoder, block_form=form, subsampling=subsampling, norm_positions=norm_positions)
+def test_the_network_is_the_statements(decoder, form, subsampling, norm_positions, local_kernel):
+    changes = {"subsampling": subsampling, "norm_positions": norm_positions, "local_kernel": local_kernel}
+    model = network(decoder, block_form=form, **changes)
     audio, lengths, text = random_batch([23])
     memory, mask = model.encoder(audio, lengths)
     assert mask.all() and memory.shape == (1, math.ceil(23 / subsampling), 16)
