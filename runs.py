@@ -398,11 +398,12 @@ def summarise_speech_runs(folder: Path | str, split: str = "test") -> list[dict]
 
 def summarise_seeds(files: list[str], records: list[dict], split: str) -> dict:
     first = records[0]
+    newer = {} if "local_kernel" in first["config"] else {"local_kernel": None}  # than the record: then there was none
     return {
         "dataset": first["dataset"]["name"],
         "kind": first["dataset"]["kind"],
         **{key: first["config"][key] for key in ("preset", "decoder")},
-        "changes": first["changes"],
+        "changes": newer | first["changes"],
         "by_heart": " memorise " in first["command"],  # scored on the clips it was trained on: no result
         "pretrained": first["pretrained"]["dataset"]["name"] if "pretrained" in first else None,
         "clips": first[split]["clips"],

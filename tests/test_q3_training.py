@@ -924,6 +924,18 @@ def test_training_goes_on_from_pretrained_weights(whole, folder, tmp_path, monke
     assert nb.replace(run, pretrained=tmp_path / "moved.safetensors").folder != run.folder  # its name is in the record
 
 
+def test_a_pretrained_network_says_how_it_computes(whole, tmp_path):
+    path = whole.folder / "model.safetensors"
+    wanted = {name: getattr(whole.settings, name) for name in nb.NETWORK}
+    assert nb.network_settings(path) == wanted and wanted["local_kernel"] is not None
+    tensors, about = run_files.load_weights(path)
+    del about["settings"]["local_kernel"]  # trained before there was a convolution
+    run_files.save_weights(tmp_path / "old.safetensors", tensors, about)
+    assert nb.network_settings(tmp_path / "old.safetensors") == wanted | {"local_kernel": None}
+    with pytest.raises(InputError, match="no such file"):
+        nb.network_settings(tmp_path / "gone.safetensors")
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
