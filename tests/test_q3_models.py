@@ -192,7 +192,7 @@ def test_the_homework_preset_is_what_the_statement_prescribes():
         shapes = [(c.kernel_size, c.padding, c.stride, c.out_channels) for c in model.encoder.convolutions]
         assert shapes == [((3,), (1,), (1,), 200), ((3,), (1,), (2,), 200)]
         assert len(model.encoder.blocks) == 4 and model.ctc is None
-        assert not any(isinstance(module, nn.Conv1d) for module in model.encoder.blocks.modules())
+        assert not any(isinstance(module, nn.Conv2d) for module in model.encoder.blocks.modules())
         for block in [*model.encoder.blocks, model.decoder.cross_block]:
             assert block.attention.heads == 2
             linear, activation, last = block.feed_forward
@@ -555,7 +555,7 @@ def positions_by_hand(count, width, rate=1.0):
 
 def neighbours_by_hand(convolution, x):
     """Each feature's weighted sum over a place and its neighbours: [S, width] to [S, width]"""
-    weights, reach = convolution.weight[:, 0], convolution.weight.shape[2] // 2  # [width, places]
+    weights, reach = convolution.weight[:, 0, 0], convolution.weight.shape[3] // 2  # [width, places]
     out = convolution.bias.repeat(len(x), 1)
     for place, step in itertools.product(range(len(x)), range(-reach, reach + 1)):
         if 0 <= place + step < len(x):
