@@ -136,6 +136,13 @@ def assert_whole(notebook, decoders=("LSTM", "transformer")):
     assert {name for name in ("LSTM", "transformer") if name in tables[0]} == set(decoders)
 
 
+def test_a_cell_fits_a_screen_and_something_is_soon_to_be_seen():
+    cells = [c.source for c in nbformat.read(ROOT / "hw2-q3.ipynb", as_version=4).cells if c.cell_type == "code"]
+    sizes = [len(source.splitlines()) for source in cells]
+    first = next(number for number, source in enumerate(cells) if "display(" in source)
+    assert max(sizes) <= 45 and sum(sizes[:first]) <= 60
+
+
 def test_a_run_trains_both_decoders_and_keeps_records(first, base):
     _, notebook, _ = first
     assert_whole(notebook)
