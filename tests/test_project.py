@@ -86,7 +86,7 @@ TEXTS = "LJ Speech texts, spoken"
 def with_more_records(tmp_path):
     """results/README.md and README.md with records of question 3 beside those that there are."""
     shutil.copytree(ROOT / "results" / "q3" / "details", tmp_path / "q3" / "details")
-    for path in (ROOT / "results").glob("q3/spoken-*"):
+    for path in (ROOT / "results").glob("q3/spoken-*-improved-*"):
         shutil.copy(path, tmp_path / "q3")
     original = next(
         path
