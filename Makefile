@@ -111,7 +111,7 @@ q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH
 	$(RECORDED) -p data spoken -p seed 43
 	$(RECORDED) -p data spoken -p seed 44
 	$(RECORDED) -p data spoken -p preset homework
-	$(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 -y '{overrides: {epochs: 120, warmup_steps: 50}}'
+	$(RECORDED) -p data $(REAL_SPEECH) -p memorise 32 -y '{overrides: {epochs: 120, warmup_steps: 50, local_kernel: null}}'
 	$(BIN)/python benchmarks/bench_q3.py -data $(REAL_SPEECH) -out results/q3/bench.json \
 	    -checkpoints runs/q3/spoken-seed0-improved-lstm-seed43-*/model.safetensors \
 	    runs/q3/spoken-seed0-improved-transformer-seed43-*/model.safetensors
