@@ -173,15 +173,21 @@ class _Layout(NamedTuple):
     weights: list[float]  # of every feature, so that P_K(q·k) = sum_m weights[m] f_m(q) f_m(k)
 
 
+def _layout_for(x: Tensor, num_terms: int) -> _Layout:
+    """The layout for x [N, D, L] on its device. Measured: with more than three terms repeated monomials cost more."""
+    small = 4 if num_terms <= 3 else 2
+    launches_are_dear = x.device.type != "cpu" and num_terms <= 3
+    return _layout(x.shape[1], num_terms, max(small, x.shape[1] // 4) if launches_are_dear else small)
+
+
 @lru_cache(maxsize=64)
-def _layout(dim: int, num_terms: int, block: int = 0) -> _Layout:
+def _layout(dim: int, num_terms: int, block: int) -> _Layout:
     """Degree n is made of degree n-1: a coordinate times every product that begins with it or with a later one.
 
     In this order those are the last rows of degree n-1, one slice, and each monomial comes once. A `block` of
     coordinates is multiplied at once: fewer and larger operations, at the price that within a block a monomial comes
     in several orders. Those share its weight: the product of all 1/b_i! if b_i coordinates lie in block i.
     """
-    block = block or (4 if num_terms <= 3 else 2)  # measured: with more terms the repeated monomials cost more
     edges = starts = [*range(1, dim + 1, block), dim + 1]  # starts: where products begin with block 0, 1, ...; the end
     weights = [1.0] * (dim + 1 if num_terms > 1 else 1)
     repeats = [1] * (dim + 1)  # factors at the front that lie in one block
@@ -200,6 +206,7 @@ def _layout(dim: int, num_terms: int, block: int = 0) -> _Layout:
 
 
 TILE_CPU, TILE_GPU = (2**19, 8192), (2**26, 2**17)  # numbers, tokens: what a CPU's caches hold, what keeps a GPU busy
+LONG_ROW = 4096  # tokens: sums over more keep a GPU busy one by one, but not as a batch, each of which is one block's
 
 
 def _tiles(x: Tensor, rows: int) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
@@ -238,11 +245,14 @@ def _features(x: Tensor, layout: _Layout, buffer: Tensor) -> Iterator[tuple[slic
 
 def _tiled_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Tensor:
     """dF/ds = sum_l w_l f(x_l)^T [N, E, M], with y = w [N, E, L]; or dF/dw_l = s f(x_l) [N, E, L], with y = s."""
-    layout = _layout(x.shape[1], num_terms)
+    layout = _layout_for(x, num_terms)
     sums = x.new_zeros(len(x), y.shape[1], len(layout.weights) if over_tokens else x.shape[2])
     for tile, buffer in _tiles(x, layout.num_lower + layout.num_top):
         for rows, features in _features(x[tile], layout, buffer):
-            if over_tokens:
+            if over_tokens and x.is_cuda and features.shape[2] > LONG_ROW:
+                for one, *factors in zip(sums[tile[0], :, rows], y[tile], features.mT, strict=True):
+                    one.addmm_(*factors)
+            elif over_tokens:
                 sums[tile[0], :, rows].baddbmm_(y[tile], features.mT)
             else:
                 sums[tile].baddbmm_(y[tile[0], :, rows], features)
@@ -251,7 +261,7 @@ def _tiled_sums(x: Tensor, y: Tensor, num_terms: int, over_tokens: bool) -> Tens
 
 def _token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Tensor:
     """dF/dx_l: x [N, D, L], w [N, E, L], s [N, E, M] -> [N, D, L], back through the products, the highest first."""
-    layout = _layout(x.shape[1], num_terms)
+    layout = _layout_for(x, num_terms)
     gradient = torch.zeros_like(x)
     for tile, buffer in _tiles(x, 2 * layout.num_lower + layout.num_top):
         (_, lower), *_ = _features(x[tile], layout._replace(top=[]), buffer)  # the top degree is not needed
@@ -272,7 +282,7 @@ def _token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Tensor:
 
 def _plain_token_gradient(x: Tensor, w: Tensor, s: Tensor, num_terms: int) -> Tensor:
     """The same in operations that autograd follows, for second derivatives; all features are held at once."""
-    layout = _layout(x.shape[1], num_terms)
+    layout = _layout_for(x, num_terms)
 
     def features(x: Tensor) -> Tensor:
         rows = torch.cat([torch.ones_like(x[:, :1]), x], 1)[:, : len(layout.weights)]
@@ -330,7 +340,7 @@ def _key_sums(k: Tensor, w: Tensor, num_terms: int) -> Tensor:
     """Phi(K)^T V with the features' weights: k [N, D, L], w [N, E, L] -> [N, E, M]."""
     if num_terms > MOST_TERMS[k.dtype]:
         raise ValueError(f"{num_terms} terms are too many for features in {k.dtype}: their weights 1/n! vanish")
-    weights = torch.tensor(_layout(k.shape[1], num_terms).weights, dtype=k.dtype, pin_memory=k.is_cuda)
+    weights = torch.tensor(_layout_for(k, num_terms).weights, dtype=k.dtype, pin_memory=k.is_cuda)
     weights = weights.to(k.device, non_blocking=True)  # from pinned memory: nobody waits
     return _feature_sums(k, w, num_terms, over_tokens=True) * weights
 
@@ -451,6 +461,9 @@ def taylor_attention(
         return _divide(_pair_sums(x.q, x.k, x.w, num_terms, causal), x, num_terms, 2 * negative)
 
 
+FEW_PAIRS_GPU = 2**27  # what a GPU weighs in the time that it takes to launch the features' many small kernels
+
+
 def crossover_length(dim: int, num_terms: int) -> float:
     """The length from which features (time L M D) are faster than all pairs (L² D), as measured by bench_q1.py."""
     return 350 + 0.8 * min(num_features(dim, num_terms), 2**60)
@@ -460,7 +473,8 @@ def _features_are_faster(x: "_Inputs", num_terms: int) -> bool:
     num_queries, num_keys = x.q.shape[2], x.k.shape[2]
     length = 2 * num_queries * num_keys / max(1, num_queries + num_keys)  # what counts is pairs over tokens
     crossover = crossover_length(x.q.shape[1], num_terms) * (1 if x.last_seen is None else 2)
-    return length >= crossover and num_terms <= MOST_TERMS[x.q.dtype]
+    worth_launching = x.q.device.type == "cpu" or len(x.q) * num_queries * num_keys >= FEW_PAIRS_GPU
+    return length >= crossover and worth_launching and num_terms <= MOST_TERMS[x.q.dtype]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -333,7 +333,9 @@ def train_epoch(model, optimizer, images, labels, config, epoch=0, average=None,
                 optimizer.param_groups[0]["lr"] = rate
             elif x.is_cuda:  # at batch size 8, launching the kernels takes longer than running them: CUDA graphs
                 if len(x) not in networks:  # a whole batch and the ragged last one
-                    with torch.random.fork_rng([x.device]):  # what is captured must not draw dropout's numbers
+                    # Captured on a stream of its own, on purpose, and without drawing dropout's numbers.
+                    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+                    with torch.random.fork_rng([x.device]):
                         networks[len(x)] = torch.cuda.make_graphed_callables(nn.Sequential(model), (x.clone(),))
                 network = networks[len(x)]
             losses.append(train_batch(x, y, network, optimizer, criterion))

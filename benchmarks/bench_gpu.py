@@ -54,7 +54,7 @@ import utils
 q2 = importlib.import_module("hw2-q2")
 
 FULL = {"quick": False, "lengths": [2**n for n in range(10, 18)], "dims": [64, 16, 32, 128], "heads": [16, 1]}
-FULL |= {"agreement_length": 1024, "epoch_scans": 20_000, "scans": 97_477, "batches": [8, 16, 32, 64], "clips": 256}
+FULL |= {"agreement_length": 1024, "epoch_scans": 6_000, "scans": 97_477, "batches": [8, 16, 32, 64], "clips": 256}
 QUICK = {"quick": True, "lengths": [64, 128], "dims": [8], "heads": [2, 1]}
 QUICK |= {"agreement_length": 64, "epoch_scans": 200, "scans": 80, "batches": [2, 4], "clips": 4}
 RESULTS, QUESTIONS = ROOT / "results", ("q1", "q2", "q3")

@@ -421,7 +421,7 @@ def draw(record: dict, folder: Path) -> None:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]  # not by matmul
-LONGEST_CALL = 300  # ms: what is expected to take longer is left out
+LONGEST_CALL = 150  # ms: what is expected to take longer is left out
 FEATURES, DIRECT = (partial(q1.taylor_attention, method=method) for method in ("features", "direct"))
 
 

@@ -61,12 +61,15 @@ def load(number: int, quick: bool, leave_out: Callable[[str], None]) -> Speech:
     return Speech(q3, {Piece(i, text, len(x) / rate): extract(np.float32(x), rate) for i, (x, text) in clips}, kind)
 
 
-def training(speech: Speech, decoder: str, dtype: str, device: str) -> Callable[[list[Piece]], torch.Tensor]:
+def training(
+    speech: Speech, decoder: str, dtype: str, device: str, settings=None
+) -> Callable[[list[Piece]], torch.Tensor]:
     """A step on a batch of clips, as the notebook's after its warm-up; it returns the three sums of losses."""
     q3, features, _ = speech
+    settings = settings or q3.PRESETS[PRESET]
     utils.set_seed(42)
-    model = q3.SpeechToText(decoder, q3.PRESETS[PRESET]).to(device)
-    objective, vectorizer = q3.Objective(model, q3.PRESETS[PRESET]), q3.TokenVectorizer()
+    model = q3.SpeechToText(decoder, settings).to(device)
+    objective, vectorizer = q3.Objective(model, settings), q3.TokenVectorizer()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def step(clips: list[Piece]) -> torch.Tensor:
