@@ -76,14 +76,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(cpu: bool) -> str:
-    """ "bf16" where the hardware computes with bfloat16 (elsewhere it is slower than float32), else "no"."""
-    if torch.cuda.is_available() and not cpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
-
-
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of PyTorch's generators that a run on `device` draws from, by kind of device."""
     state = {"cpu": torch.get_rng_state()}

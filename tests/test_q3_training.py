@@ -98,12 +98,11 @@ def make_run(folder: Path, root: Path, decoder="lstm", seed=1, **changes):
     return asr.SpeechRun(decoder, "improved", settings, changes, seed, features(folder, settings), root)
 
 
-def train(run, precision="no", most=None):
-    """In this process, in float32 whatever the hardware has."""
+def train(run, most=None):
+    """In this process."""
     torch.set_num_threads(1)
     histories = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "choose_precision", lambda cpu: precision)
         patch.setattr(asr, "train_at_once", lambda function, runs: histories.append(function(*runs, True, most)) or [])
         asr.train_all(nb.train, [run], True, 1)
     return histories[0]
@@ -531,7 +530,6 @@ class OneAfterTheOther:
 @pytest.fixture
 def at_once(monkeypatch):
     monkeypatch.setattr("loky.get_reusable_executor", lambda max_workers: OneAfterTheOther())
-    monkeypatch.setattr(utils, "choose_precision", lambda cpu: "no")
     return lambda *runs: asr.train_all(nb.train, [*runs], True, 1)
 
 
@@ -822,7 +820,6 @@ def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_kept(folder
 def train_in_two_processes(folder, root, decoder):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    utils.choose_precision = lambda cpu: "no"
     nb.MICRO_BATCH = 1  # gradients are exchanged once a batch, not once a part
     record_norms(pytest.MonkeyPatch(), root / "norms")
     run = make_run(folder, root, decoder, **DETERMINED)
@@ -857,7 +854,8 @@ def test_more_processes_than_a_batch_has_clips_are_refused(folder, tmp_path, mon
 
 
 def train_in_bfloat16(folder, root):
-    train(make_run(folder, root, "transformer", **DETERMINED), "bf16")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # Accelerate's own variable, for who wants it
+    train(make_run(folder, root, "transformer", **DETERMINED))
 
 
 def test_bfloat16_learns_nearly_the_same(folder, tmp_path):
@@ -868,24 +866,6 @@ def test_bfloat16_learns_nearly_the_same(folder, tmp_path):
     assert half.record()["precision"] == "bf16"
     losses = [[entry["train"]["loss"] for entry in run.record()["history"]] for run in (half, full)]
     assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
-
-
-@pytest.mark.parametrize(
-    ("gpu", "cpu", "features", "expected"),
-    [
-        (True, False, {}, "bf16"),  # a GPU that computes with bfloat16
-        (False, False, {}, "no"),  # one that emulates it
-        (True, True, {}, "no"),  # not to be used
-        (True, True, {"avx512_bf16": True}, "bf16"),
-        (None, False, {"amx_bf16": True}, "bf16"),
-        (None, False, {"avx512_bf16": False}, "no"),
-    ],
-)
-def test_bfloat16_is_used_where_the_hardware_computes_with_it(monkeypatch, gpu, cpu, features, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu or including_emulation)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert utils.choose_precision(cpu) == expected
 
 
 # ---------------------------------------------------------------------------------------------------
