@@ -176,7 +176,7 @@ def table(record: dict) -> str:
     rows, shown = [], [record["config"][key][0] for key in ("heads", "dims")]
 
     def listed(values: dict, form: str = "{:,.0f}") -> str:
-        return "; ".join(f"{name} {form.format(value)}" for name, value in values.items())
+        return "; ".join(f"{name}: {form.format(value)}" for name, value in values.items())
 
     for curve in results.get("attention_curves") or []:
         points = [point for point in curve["points"] if {q1.SOFTMAX, q1.TAYLOR} <= point["ms"].keys()]
@@ -191,7 +191,7 @@ def table(record: dict) -> str:
         rows.append((f"2: the same, {stacked['networks']} networks a step", listed(stacked["steps_per_second"])))
     if whole := results.get("whole_run"):
         rows.append((f"2: {whole['epochs']} epochs of {whole['scans']:,} phantoms", f"{sum(whole['seconds']):.0f} s"))
-    if default := results.get("default_run"):
+    if len(default := results.get("default_run") or {}) > 1:  # the CPU's record is of the same phantoms
         scores = {device: scores["test_accuracy"] for device, scores in default.items()}
         rows.append(("2: test accuracy of the default run, phantoms", listed(scores, "{:.4f}")))
     for row in (results.get("speech_training") or {"rows": []})["rows"]:

@@ -400,7 +400,17 @@ def results() -> str:
 
 def gpu() -> str:
     if (RESULTS / "gpu.json").exists():
-        return f"`make bench-gpu` measured all questions on one ({link('figures', 'README.md')})."
+        record = read("gpu.json")
+        curves = record["q1"]["attention_curves"]["result"]
+        shown = [c for c in curves if (c["heads"], c["dim"], c["backward"]) == (16, 64, False)]
+        lengths = {c["dtype"]: f"{round(c['crossover'], -3):,.0f}" for c in shown}
+        steps = record["q2"]["training_loops"]["result"]["steps_per_second"]
+        return (
+            f"On one {record['gpu']['name']}, Taylor attention passes PyTorch's fused kernel at {lengths['float32']} "
+            f"tokens (bfloat16: {lengths['bfloat16']}), and question 2 trains "
+            f"{steps['ours, CUDA graphs'] / steps['course']:.1f} times as fast as the course's loop "
+            f"({link('more', 'README.md')})."
+        )
     return "**Nothing here was measured on a GPU.** `make bench-gpu` would do so, and stops after six minutes."
 
 

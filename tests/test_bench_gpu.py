@@ -153,12 +153,12 @@ def test_the_table_shows_what_is_recorded():
     rows = {
         "question": "NVIDIA H100",
         "---": "---",
-        f"{attention}, float32, forward, L = 2,048": "Taylor 3; softmax, fused 4; Taylor faster from L = 1,500 on",
-        f"{attention}, float32, with backward, L = 1,024": "Taylor 2; softmax, fused 3; Taylor faster at all lengths",
-        f"{attention}, bfloat16, forward, L = 1,024": "Taylor 2; softmax, fused 1; Taylor not faster",
+        f"{attention}, float32, forward, L = 2,048": "Taylor: 3; softmax, fused: 4; Taylor faster from L = 1,500 on",
+        f"{attention}, float32, with backward, L = 1,024": "Taylor: 2; softmax, fused: 3; Taylor faster at all lengths",
+        f"{attention}, bfloat16, forward, L = 1,024": "Taylor: 2; softmax, fused: 1; Taylor not faster",
         "2: 15 epochs of 97,477 phantoms": "30 s",
-        "2: test accuracy of the default run, phantoms": "cpu 0.9000; cuda 0.9100",
-        "3: validation similarity, lstm": "cpu 0.980; cuda 0.975",
+        "2: test accuracy of the default run, phantoms": "cpu: 0.9000; cuda: 0.9100",
+        "3: validation similarity, lstm": "cpu: 0.980; cuda: 0.975",
     }
     lines = [f"| {what} | {value} |" for what, value in rows.items()]
     assert bench_gpu.table(record) == "\n".join(lines).replace("| --- | --- |", "|---|---|")

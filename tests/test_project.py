@@ -72,9 +72,20 @@ def test_the_pages_say_what_is_not_recorded(tmp_path):
 
 
 def test_a_gpu_is_no_longer_said_to_be_missing_once_it_is_recorded(tmp_path):
-    runs.write_json(tmp_path / "gpu.json", {"table": "| question | a GPU |\n|---|---|\n| 1: ms | 2 |"})
+    curve = {"heads": 16, "dim": 64, "backward": False, "dtype": "float32", "crossover": 1934.5}
+    curves = [curve | {"backward": True}, curve, curve | {"dtype": "bfloat16", "crossover": 9876.5}]
+    record = {
+        "gpu": {"name": "H1"},
+        "q1": {"attention_curves": {"result": curves}},
+        "q2": {"training_loops": {"result": {"steps_per_second": {"course": 100.0, "ours, CUDA graphs": 250.0}}}},
+        "table": "| question | a GPU |\n|---|---|\n| 1: ms | 2 |",
+    }
+    runs.write_json(tmp_path / "gpu.json", record)
     script = load_readme_script(tmp_path)
-    assert "not" not in section(script.fill("README.md"), "gpu").lower().split()
+    readme = section(script.fill("README.md"), "gpu")
+    assert "not" not in readme.lower().split()
+    for words in ("one H1", "at 2,000 tokens", "bfloat16: 10,000", "trains 2.5 times as fast"):
+        assert words in readme
     assert "| 1: ms | 2 |" in section(script.fill("results/README.md"), "gpu")
 
 
