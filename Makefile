@@ -103,7 +103,7 @@ q2-records: $(READY)  ## question 2: every record (REAL=scans.npz)
 REAL_SPEECH ?= ../shared/data/LJSpeech-1.1
 TEXTS ?= ../shared/data/ljspeech_transcripts.csv
 TEST_SPEECH ?= ../shared/data/ljspeech-chapters
-RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p records_dir results/q3 -p extra_clips 52
+RECORDED := $(BIN)/python run_notebook.py -out runs/q3/recorded -p extra_clips 52 -p records_dir results/q3
 
 q3-records: $(READY)  ## question 3: every record but the long ones (REAL_SPEECH=LJSpeech-1.1)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
@@ -127,33 +127,31 @@ q3-ablations: $(READY)  ## question 3: what single changes of the preset are wor
 	$(ABLATED) '{overrides: {spec_augment: true}}'
 	$(BIN)/python report/transcripts.py
 
-# $(call exported,PRESET): the networks of LJ Speech's texts that were trained so, in half their size
-exported = for d in lstm transformer; do rm -f data/q3-$$d.safetensors; $(BIN)/python transcribe.py \
-    -weights runs/q3/lj-text-$(1)-$$d-seed42-*/model.safetensors -export data/q3-$$d.safetensors || exit 1; done
-
-# What is to be tested on as real speech is read in no training: its texts, and three whole chapters.
-VARIED := local_kernel: null, dropout: 0.1, spec_augment: true, attention_window: 1
-SECOND := epochs: 6, learning_rate: 0.0015, warmup_steps: 200, dropout: 0, spec_augment: false, attention_window: 1
-q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: hours; resumes (TEXTS=, TEST_SPEECH=)
+# What is to be tested on as real speech is read in no training: its texts, and three whole chapters. The networks are kept
+# in half their size as well: q3-real starts from them, and `make weights` takes the better one.
+q3-lj-text: $(READY)  ## question 3 on LJ Speech's texts, spoken: 2 hours; resumes (TEXTS=, TEST_SPEECH=)
 	$(call needs,TEXTS,path/to/metadata.csv)
 	$(call needs,TEST_SPEECH,path/to/folder)
 	$(BIN)/python -m offline_data.speech -transcripts $(TEXTS) -out data/lj-text \
 	    -unread LJ001 LJ002 LJ050 $(TEST_SPEECH)/metadata.csv
-	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -y '{overrides: {epochs: 10, $(VARIED)}}' $(ARGS)
-	$(call exported,improved)
-	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) -p pretrained 'data/q3-{decoder}.safetensors' \
-	    -y '{overrides: {$(SECOND)}}' $(ARGS)
-	$(call exported,adapted)
+	$(RECORDED) -p data data/lj-text -p also_test $(TEST_SPEECH) \
+	    -y '{overrides: {epochs: 10, attention_window: 1}}' $(ARGS)
+	for d in lstm transformer; do rm -f data/q3-$$d.safetensors; $(BIN)/python transcribe.py \
+	    -weights runs/q3/lj-text-improved-$$d-seed42-*/model.safetensors -export data/q3-$$d.safetensors || exit 1; done
 	$(BIN)/python report/transcripts.py
 
-# The networks of q3-lj-text adapted to a real voice, and networks that know nothing else.
-ON_REAL := $(RECORDED) -p data $(REAL_SPEECH) -p also_test $(TEST_SPEECH)
-q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (40 minutes; resumes)
+# The networks of q3-lj-text adapted to a real voice, with fewer clips of it as well, and networks that know nothing else.
+ON_REAL := -p also_test $(TEST_SPEECH) -p mixed_with data/lj-text -p pretrained 'data/q3-{decoder}.safetensors'
+q3-real: $(READY)  ## question 3 on real speech, after q3-lj-text (an hour; resumes)
 	$(call needs,REAL_SPEECH,path/to/LJSpeech-1.1)
 	$(call needs,TEST_SPEECH,path/to/folder)
 	$(call needs,TEXTS,path/to/metadata.csv)
-	$(ON_REAL) -p mixed_with data/lj-text -p pretrained 'data/q3-{decoder}.safetensors'
-	$(ON_REAL) -y '{overrides: {epochs: 60, $(VARIED)}}'
+	$(RECORDED) -p data $(REAL_SPEECH) $(ON_REAL)
+	for n in 46 93; do mkdir -p data/first-$$n && head -n $$n $(REAL_SPEECH)/metadata.csv > data/first-$$n/metadata.csv && \
+	    ln -sfn $(abspath $(REAL_SPEECH))/wavs data/first-$$n/wavs && \
+	    $(RECORDED)/fewer -p decoders lstm -p data data/first-$$n $(ON_REAL) || exit 1; done
+	$(RECORDED) -p data $(REAL_SPEECH) -p also_test $(TEST_SPEECH) \
+	    -y '{overrides: {epochs: 60, dropout: 0.1, spec_augment: true, attention_window: 1}}'
 	$(BIN)/python benchmarks/voices.py -texts $(TEXTS) -real $(REAL_SPEECH) -out results/q3/voices.json
 	$(BIN)/python report/transcripts.py
 

@@ -202,8 +202,6 @@ def q3_groups() -> dict[str, list[dict]]:
     for row in rows:
         name, first = (short_name(row[key] or "") for key in ("dataset", "pretrained"))
         row["data"] = f"{first}, then {name}" if first else name
-        if first == name:
-            row["data"] = f"{name}, and once more"
         row["adapted"] = bool(first) and row["kind"] == "real"
         row["real"] = not row["by_heart"] and (row["split"] == "test_real" or row["kind"] == "real")
         row["links"] = "\u00a0".join(link(f"{s}", f"q3/{f}") for s, f in zip(row["seeds"], row["files"], strict=True))
@@ -240,6 +238,10 @@ def real_pairs() -> list[list[dict]]:
         for row in rows if rows[0]["real"] else ():
             pairs.setdefault(row["data"], pair([r for r in rows if r["data"] == row["data"]]))
     return list(pairs.values())
+
+
+def in_words(items: list[str]) -> str:
+    return " and ".join([", ".join(items[:-1])] * (len(items) > 1) + items[-1:])
 
 
 def errors(rows: list[dict]) -> str:
@@ -282,10 +284,16 @@ def q3_adapt() -> str:
     found = {rows[0]["adapted"]: rows[0] for rows in real_pairs() if rows[0]["adapted"] or rows[0]["kind"] == "spoken"}
     if len(found) < 2:
         raise NotRecorded("networks adapted to a voice")
-    before, after = (100 * found[adapted]["scores"]["cer"]["mean"] for adapted in (False, True))
+    before, whole = 100 * found[False]["scores"]["cer"]["mean"], read(f"q3/{found[True]['files'][0]}")
+    records = [read(f"q3/fewer/{path.name}") for path in (RESULTS / "q3" / "fewer").glob("*.json")] + [whole]
+    records.sort(key=lambda record: record["dataset"]["counts"]["train"])
+    # Half of the clips are synthetic ones, mixed in. The whole corpus' minutes are known, of its parts their share.
+    minute = whole["dataset"]["counts"]["train"] / minutes_of_voice()
+    minutes = [f"{record['dataset']['counts']['train'] / minute:.0f}" for record in records]
+    after = [f"{100 * record['test']['cer']:.1f}" for record in records]
     return (
-        f"The network in `weights/` has heard synthetic voices alone. After {minutes_of_voice():.0f} minutes of one "
-        f"reader's voice it got {after:.1f} of 100 of her characters wrong, not {before:.1f}."
+        f"The network in `weights/` has heard synthetic voices alone: it gets {before:.1f} of 100 of a reader's "
+        f"characters wrong. After {in_words(minutes)} minutes of her voice: {in_words(after)}."
     )
 
 
