@@ -465,7 +465,7 @@ FEW_PAIRS_GPU = 2**27  # what a GPU weighs in the time that it takes to launch t
 
 
 def crossover_length(dim: int, num_terms: int) -> float:
-    """The length from which features (time L M D) are faster than all pairs (L² D), as bench_q1.py measured on a CPU."""
+    """The length from which features (time L M D) are faster than all pairs (L² D), measured on a CPU."""
     return 350 + 0.8 * min(num_features(dim, num_terms), 2**60)
 
 
