@@ -36,7 +36,7 @@ VARIANTS = {
     "nothing varied": {name: value for names in STEADY.values() for name, value in names.items()},
     **{f"without: {kind}": names for kind, names in STEADY.items()},
 }
-SETTINGS = {"dropout": 0.1, "spec_augment": True, "attention_window": 1.0}
+SETTINGS = {"local_kernel": None, "dropout": 0.1, "spec_augment": True, "attention_window": 1.0}
 SEED, REAL_CLIPS = 42, 30
 
 
