@@ -447,11 +447,14 @@ PAUSE, MARGIN = 0.3, 0.1  # seconds: the shortest pause, and what its neighbours
 
 
 def pauses(samples: np.ndarray, rate: int) -> list[tuple[int, int]]:
-    """First and last sample (exclusive) of each stretch that is 35 dB weaker than the recording's loudest hundredth."""
+    """First and last sample (exclusive) of each stretch that is 35 dB weaker than the recording's loudest hundredth.
+
+    Of a long recording that is at most its three loudest seconds: someone may speak in it once.
+    """
     frame = max(1, rate // 100)
     padded = np.pad(samples.astype(np.float64), (0, -len(samples) % frame))
     power = np.square(padded).reshape(-1, frame).mean(axis=1)
-    quiet = power <= 10**-3.5 * np.quantile(power, 0.99)
+    quiet = power <= 10**-3.5 * np.quantile(power, max(0.99, 1 - 300 / len(power)))
     edges = [0, *(np.flatnonzero(np.diff(quiet)) + 1).tolist(), len(quiet)]
     return [(start * frame, min(end * frame, len(samples))) for start, end in pairwise(edges) if quiet[start]]
 

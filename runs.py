@@ -214,6 +214,8 @@ def load_weights(path: Path, what: str = "a trained network") -> tuple[dict, dic
             metadata, tensors = file.metadata(), dict(zip(file.keys(), map(file.get_tensor, file.keys()), strict=True))
         if metadata["sha256"] != checksum(tensors, metadata["about"]):
             raise ValueError("its checksum does not fit")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("tensors that are not of finite numbers")
         return tensors, dict(json.loads(metadata["about"]))
 
 

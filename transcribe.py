@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from runs import InputError, Parser, load_weights, one_line, run_script, save_weights
+from runs import InputError, Parser, load_weights, run_script, save_weights
 
 HERE = Path(__file__).parent
 BEST = "lstm"  # the better decoder of those in results/q3; its network is in weights/, made by `make weights`
@@ -41,8 +41,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def say(*words) -> None:
-    print(*words, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """One line on standard error; what cannot be shown, as in odd names of files, becomes `?`."""
+    print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
 def export(weights: Path, path: Path) -> None:
@@ -70,8 +71,9 @@ def run(args: argparse.Namespace) -> None:
         say(f"[{number}/{len(args.files)}] {path}")
         try:
             print(q3.transcript_of(path, model), flush=True)
-        except InputError as error:
-            say(f"transcribe: {one_line(error, 1000)}")
+        except (InputError, MemoryError) as error:
+            too_long = f"{path}: takes more memory than there is: cut it into shorter recordings"
+            say(f"transcribe: {error if isinstance(error, InputError) else too_long}")
             bad += 1
     if bad:
         raise InputError(f"{bad} of {len(args.files)} files could not be used")

@@ -753,6 +753,24 @@ def check_clips(folder: Path, splits: dict[str, list[Clip]], left_out: list[str]
 
 
 @contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """What C libraries, such as the one that reads MP3, print of their own to standard error is not shown."""
+    try:
+        shown = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
 def open_audio(path: Path | str) -> Iterator:
     """An audio file as a soundfile.SoundFile. Raises InputError for one that is absent, cut off or cannot be read."""
     import soundfile
@@ -764,7 +782,8 @@ def open_audio(path: Path | str) -> Iterator:
         if path.stat().st_size == 0:
             raise InputError(f"{path}: is empty")
         try:
-            file = soundfile.SoundFile(path)
+            with silent_libraries():
+                file = soundfile.SoundFile(path if os.name == "nt" else os.fsencode(path))  # it need not be UTF-8
         except Exception as error:
             reason = one_line(getattr(error, "error_string", error))  # libsndfile's, without the path
             raise InputError(f"{path}: not audio, or damaged ({reason}). To convert it: {convert}") from None
@@ -783,13 +802,14 @@ def open_audio(path: Path | str) -> Iterator:
             yield file
 
 
-def read_wav(path: Path | str, rate: int | None = None) -> tuple[np.ndarray, int]:
+def read_wav(path: Path | str, rate: int | None = None, rumble: float = 0) -> tuple[np.ndarray, int]:
     """Read an audio file: samples float32 [n] in about [-1, 1], mixed by `mix_channels`, and their rate in Hz.
 
-    With `rate` they are resampled to it. Raises InputError for a file that is absent, empty, cut off or unreadable.
+    With `rate` they are resampled to it, with `rumble` frequencies below it (Hz) are taken out. Raises InputError for a
+    file that is absent, empty, cut off or unreadable.
     """
-    with open_audio(path) as file:
-        samples, file_rate = file.read(dtype="float32", always_2d=True), file.samplerate
+    with silent_libraries(), open_audio(path) as file:
+        samples, file_rate = file.read(file.frames, dtype="float32", always_2d=True), file.samplerate
         if len(samples) < file.frames and file.format != "MP3":  # whose length is a guess
             raise InputError(f"{path}: is cut off: {len(samples):,} of {file.frames:,} samples are there")
     if len(samples) == 0:
@@ -798,6 +818,9 @@ def read_wav(path: Path | str, rate: int | None = None) -> tuple[np.ndarray, int
         raise InputError(f"{path}: holds samples that are no finite numbers")
     if peak > 8:  # 18 dB above full scale: nobody overdrives so much
         raise InputError(f"{path}: its samples reach {peak:,.0f}, not 1: divide them by 32,768 if they had 16 bits")
+    if rumble:
+        for channel in samples.T:
+            channel[:] = without_rumble(channel, file_rate, rumble)
     samples = mix_channels(samples)
     if rate in (None, file_rate):
         return samples, file_rate
@@ -807,19 +830,32 @@ def read_wav(path: Path | str, rate: int | None = None) -> tuple[np.ndarray, int
     return resample_poly(samples, rate // shared, file_rate // shared).astype(np.float32), rate
 
 
+def without_rumble(samples: np.ndarray, rate: int, lowest: float) -> np.ndarray:
+    """`samples` [n] without what lies below `lowest` Hz: a constant offset, hum, steps."""
+    from scipy.signal import butter, sosfilt, sosfilt_zi
+
+    sections = butter(8, lowest, "highpass", fs=rate, output="sos")
+    return sosfilt(sections, samples, zi=sosfilt_zi(sections) * samples[0])[0]  # as if the first sample lasted for ever
+
+
 def mix_channels(samples: np.ndarray) -> np.ndarray:
     """The mean of the channels of float32 [n, channels], without constant offsets: float32 [n].
 
-    Channels that are 20 dB weaker than the strongest are left out. One that is inverted to it is turned over first:
-    the two would cancel.
+    Channels that nowhere come within 20 dB of the strongest are left out. One that is inverted to the channel that it
+    is most like is turned over first: the two would cancel.
     """
     samples = samples - samples.mean(axis=0, dtype=np.float64).astype(np.float32)
-    power = np.square(samples).mean(axis=0, dtype=np.float64)  # [channels]
-    strong = power >= 0.01 * power.max()
-    strongest = samples[:, power.argmax()]
-    covariance = samples.T @ strongest / len(samples)  # [channels]
-    signs = np.where(covariance < -0.1 * np.sqrt(power * power.max()), -1, 1)  # -0.1: two voices are just unlike
-    return samples[:, strong] @ (signs[strong] / strong.sum()).astype(np.float32)
+    blocks = np.add.reduceat(np.square(samples), range(0, len(samples), 4096), axis=0)  # of some tenths of a second
+    power = blocks.sum(axis=0, dtype=np.float64)  # [channels]
+    strong = np.flatnonzero(blocks.max(axis=0) >= 0.01 * blocks.max())
+    strong = strong[np.argsort(-power[strong], kind="stable")]
+    likeness = (samples.T @ samples) / np.maximum(np.sqrt(np.outer(power, power)), 1e-30)
+    signs = np.ones(len(power), dtype=np.float32)
+    for number, channel in enumerate(strong[1:], start=1):
+        others = likeness[channel, strong[:number]] * signs[strong[:number]]
+        if others[np.abs(others).argmax()] < -0.1:  # -0.1: two voices are just unlike
+            signs[channel] = -1
+    return samples[:, strong] @ (signs[strong] / len(strong))
 
 
 # ---------------------------------------------------------------------------------------------------

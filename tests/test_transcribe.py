@@ -124,6 +124,47 @@ def test_what_does_not_change_the_words_does_not_change_the_text(learned, model,
     assert (frames[0] - frames[1]).abs().max() < 2e-2
 
 
+TIME = np.arange(20 * RATE) / RATE
+RUMBLES = {
+    "hum": lambda x: 0.1 * x + 0.5 * np.sin(2 * np.pi * 50 * TIME[: len(x)]),
+    "an offset that jumps": lambda x: x + np.where(TIME[: len(x)] > len(x) / RATE / 2, 0.4, -0.4),
+    "hum in a channel of its own": lambda x: np.stack([0.9 * np.sin(2 * np.pi * 50 * TIME[: len(x)]), 0.1 * x], axis=1),
+    "hum, and two inverted channels": lambda x: np.stack([np.sin(2 * np.pi * 50 * TIME[: len(x)]), x, -x], axis=1),
+}
+
+
+@pytest.mark.parametrize("how", RUMBLES)
+def test_what_lies_below_a_voice_does_not_change_the_text(learned, model, tmp_path, how):
+    clip = learned.cache.clips("train")[0]
+    soundfile.write(tmp_path / "rumble.wav", RUMBLES[how](utils.read_wav(clip.path, RATE)[0]), RATE, "FLOAT")
+    assert nb.transcript_of(tmp_path / "rumble.wav", model) == clip.text
+
+
+def test_channels_are_mixed_so_that_nobody_is_lost():
+    rng = np.random.default_rng(0)
+    voice, tone = rng.normal(0, 0.1, RATE).astype("f4"), np.sin(2 * np.pi * 440 * TIME[:RATE]).astype("f4")
+    mixed = utils.mix_channels(np.stack([tone, voice, -voice], axis=1))  # each is unlike the strongest channel
+    assert abs(np.corrcoef(mixed, voice)[0, 1]) > 0.1
+    host, guest = np.tile(voice, 200), np.zeros(200 * RATE, "f4")
+    guest[100 * RATE : 101 * RATE], host[100 * RATE : 101 * RATE] = voice, 0  # speaks once, as loud as the other
+    mixed = utils.mix_channels(np.stack([host, guest], axis=1))
+    assert np.std(mixed[100 * RATE : 101 * RATE]) == pytest.approx(np.std(voice) / 2, rel=0.01)
+
+
+def test_seldom_speech_in_a_long_recording_is_no_pause():
+    samples = 3e-4 * np.random.default_rng(0).normal(size=400 * RATE)
+    samples[200 * RATE : 203 * RATE] = 0.1 * np.random.default_rng(1).normal(size=3 * RATE)
+    ((first, last),) = asr.split_at_silences(samples.astype("f4"), RATE)
+    assert first == pytest.approx(200 * RATE, abs=0.2 * RATE) and last == pytest.approx(203 * RATE, abs=0.2 * RATE)
+
+
+def test_files_with_odd_codes_and_odd_names_are_read(tmp_path):
+    samples, path = 0.1 * np.random.default_rng(0).normal(size=RATE), tmp_path / os.fsdecode(b"caf\xe9.wav")
+    with path.open("wb") as file:
+        soundfile.write(file, samples, RATE, format="WAV", subtype="GSM610")
+    assert len(utils.read_wav(path)[0]) == pytest.approx(RATE, abs=400)
+
+
 def test_a_clip_is_brought_to_the_loudness_of_the_training_clips(learned):
     heard = nb.load_model(learned.folder / "model.safetensors").about["heard"]
     clips = [utils.read_wav(clip.path, RATE)[0] for clip in learned.cache.clips("train")[:12]]
@@ -231,6 +272,8 @@ NOISES = {
     "hum": lambda rng: hum(4.0),
     "chord": lambda rng: sum(signal.sawtooth(2 * np.pi * f * np.arange(4 * RATE) / RATE) for f in (262, 330, 392)) / 9,
     "clicks": lambda rng: 0.8 * (rng.random(4 * RATE) < 5 / RATE),
+    "alarm": lambda rng: 0.2 * np.sin(2 * np.pi * 440 * TIME) * (np.sin(2 * np.pi * 4 * TIME) > 0),
+    "buzzer": lambda rng: 0.1 * signal.sawtooth(2 * np.pi * 300 * TIME) * (np.sin(2 * np.pi * 5 * TIME) > 0),
 }
 
 
@@ -281,14 +324,18 @@ def test_a_line_a_file_and_bad_files_stop_no_others(learned, tmp_path):
         samples, rate = utils.read_wav(clip.path)
         soundfile.write(tmp_path / name, samples, rate)
     (tmp_path / "memo.m4a").write_bytes(b"\0\0\0\x18ftypM4A " + bytes(200))
+    (tmp_path / "odd\nname.mp3").write_bytes(b"\xff\xfb\x90\x00" + np.random.default_rng(0).bytes(50_000))
     weights = learned.folder / "model.safetensors"
-    done = transcribe("-weights", weights, names[0], "memo.m4a", names[1], "gone.wav", names[2], cwd=tmp_path)
+    files = names[0], "memo.m4a", names[1], "gone.wav", "odd\nname.mp3", names[2]
+    done = transcribe("-weights", weights, *files, cwd=tmp_path)
     assert done.stdout.splitlines() == [clip.text for clip in clips]
     assert done.returncode == 2
     assert "lstm" in done.stderr.lower() and "trained on tones (SYNTHETIC speech)" in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("transcribe: ")]
-    assert len(lines) == 3 and "Traceback" not in done.stderr
-    assert "ffmpeg -i memo.m4a" in lines[0] and "gone.wav" in lines[1] and "2 of 5 files" in lines[2]
+    assert len(lines) == 4 and "Traceback" not in done.stderr
+    assert "ffmpeg -i memo.m4a" in lines[0] and "gone.wav" in lines[1]
+    assert "odd?name.mp3" in lines[2] and "3 of 6 files" in lines[3]
+    assert len(done.stderr.splitlines()) == 2 + len(files) + len(lines)  # the library for MP3 says nothing of its own
     done = transcribe("-weights", weights, names[0], cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == clips[0].text + "\n"
 
@@ -308,6 +355,23 @@ def test_help_is_quick_and_its_lines_of_python_do_the_same(learned, tmp_path, mo
     code = textwrap.dedent(lines).replace("talk.mp3", str(clip.path))
     exec(re.sub(r"weights/[\w-]+\.safetensors", str(learned.folder / "model.safetensors"), code), {})
     assert capsys.readouterr().out == clip.text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("longest_clip", 0), ("longest_pause", -5), ("loudness", 1e300), ("nan", 1), ("wings", 2)],
+)
+def test_weights_that_no_training_leaves_are_refused(learned, tmp_path, name, value):
+    tensors, about = run_files.load_weights(learned.folder / "model.safetensors")
+    if name == "nan":
+        tensors["decoder.output.bias"] = tensors["decoder.output.bias"] * torch.nan
+    else:
+        part = "settings" if name == "wings" else "heard"
+        about = about | {part: about[part] | {name: value}}
+    run_files.save_weights(tmp_path / "odd.safetensors", tensors, about)
+    with pytest.raises(InputError, match=r"odd\.safetensors: ") as error:
+        nb.load_model(tmp_path / "odd.safetensors")
+    assert "\n" not in str(error.value) and "overrides" not in str(error.value)
 
 
 @pytest.mark.parametrize(
