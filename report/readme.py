@@ -345,7 +345,9 @@ def q3_decoding() -> str:
                 rates = [sum(f[way]["cer"] for f in found) / len(found) for way in ways]
                 cells = [f"{rate:.1%}\u00a0({100 * (rate - rates[0]):+.1f})" for rate in rates[1:]]
                 about = f"{row['data']}; {group}" if row["real"] else group
-                body.append([about, DECODERS[row["decoder"]], f"{found[0]['clips']}", f"{rates[0]:.1%}", *cells])
+                tried = sorted({f["clips"] for f in found})
+                number = " to ".join(dict.fromkeys([f"{tried[0]}", f"{tried[-1]}"]))
+                body.append([about, DECODERS[row["decoder"]], number, f"{rates[0]:.1%}", *cells])
     return table(", ".join(["tested on", "decoder", "tried", *(way.replace(", ", " ") for way in ways)]), body)
 
 
