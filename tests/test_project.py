@@ -548,7 +548,7 @@ LACKING = {  # records that are no training of one network, and what they have n
     "q2/pooling-*.json": {"history", "seed"},  # `seeds`; a history for each network and seed
     "q2/phantom-to-real-*.json": {"config", "history", "seed"},  # `checkpoints` names the runs that are scored
     "q3/run.json": {"config", "history"},  # whole runs of the preset `improved`
-    "q3/details/*.json": {"history", "seconds", "device", "threads"},  # in the run's record of the same name
+    "q3/*details/*.json": {"history", "seconds", "device", "threads"},  # in the run's record of the same name
     "q3/voices.json": {"history", "dataset", "seconds", "device", "threads"},  # those of each variant stand with it
     "q3/analysis.json": EVERY_RUN - ORIGIN,  # counts what q3/details holds
 }
