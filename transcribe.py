@@ -71,9 +71,11 @@ def run(args: argparse.Namespace) -> None:
         say(f"[{number}/{len(args.files)}] {path}")
         try:
             print(q3.transcript_of(path, model), flush=True)
-        except (InputError, MemoryError) as error:
-            too_long = f"{path}: takes more memory than there is: cut it into shorter recordings"
-            say(f"transcribe: {error if isinstance(error, InputError) else too_long}")
+        except InputError as error:
+            say(f"transcribe: {error}")
+            bad += 1
+        except MemoryError:
+            say(f"transcribe: {path}: takes more memory than there is: cut it into shorter recordings")
             bad += 1
     if bad:
         raise InputError(f"{bad} of {len(args.files)} files could not be used")

@@ -808,7 +808,7 @@ def read_wav(path: Path | str, rate: int | None = None, rumble: float = 0) -> tu
     With `rate` they are resampled to it, with `rumble` frequencies below it (Hz) are taken out. Raises InputError for a
     file that is absent, empty, cut off or unreadable.
     """
-    with silent_libraries(), open_audio(path) as file:
+    with open_audio(path) as file, silent_libraries():
         samples, file_rate = file.read(file.frames, dtype="float32", always_2d=True), file.samplerate
         if len(samples) < file.frames and file.format != "MP3":  # whose length is a guess
             raise InputError(f"{path}: is cut off: {len(samples):,} of {file.frames:,} samples are there")
